@@ -1,0 +1,577 @@
+"""Speculative decoding: a small draft model proposes, the large target verifies, nothing is lost.
+
+Decoding one token reads every weight of the target once; verifying G + 1 tokens in one pass reads
+them once as well. So a draft guesses G tokens cheaply, the target scores them all at once, and
+a rule accepts or replaces them so that the output has exactly the target's distribution.
+
+A round, for rows that hold L tokens each:
+    propose   the draft continues the last two tokens by d_1 .. d_G, each drawn from its own q_i
+    decide    the target reads the last token and the G drafts, which gives p_1 .. p_{G+1};
+              verify() accepts n drafts and draws one token more
+    advance   positions move to L + n + 1: rolling back the rest costs nothing (model.Cache)
+
+Symbols are those of Leviathan et al. 2023, "Fast Inference from Transformers via Speculative
+Decoding": p the target's distribution, q the draft's, G the draft length (gamma), alpha the
+probability of acceptance. B, T, S, V as in model.py. u are uniform random numbers in [0, 1).
+
+Try it:  python speculative.py        (after `python train.py`; decodes plainly and speculatively)
+"""
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Corpus, Tokenizer, load_tokenizer
+from model import Cache, Transformer, pack_for_decoding, resolve_device, write_atomically
+
+
+# ---------------------------------------------------------------------- distributions and the rule
+
+def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The distribution that is sampled: logits (..., V) -> probabilities, at least float32.
+
+    Temperature 0 is all mass on the (first) best token, so greedy decoding is no special case of
+    anything below. top_k 0 and top_p 1 are off; applied in this order, as transformers does.
+    Every distribution of draft and target is made here: the rule needs the q that was sampled.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # no overflow near 0
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))        # ties with it are kept
+    p = logits.softmax(-1)
+    if top_p < 1:
+        best, order = p.sort(dim=-1, descending=True, stable=True)
+        best = best.masked_fill(best.cumsum(-1) - best >= top_p, 0.0)   # mass before it suffices
+        p = torch.zeros_like(p).scatter_(-1, order, best)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def sample(p: Tensor, u: Tensor) -> Tensor:
+    """Inverse CDF: for p (B, V), u (B,) the first token whose running sum exceeds u * sum(p).
+
+    p need not be normalised. Sums are float64: in float32 a running sum over 32,000 entries is
+    wrong by more than the least likely tokens have.
+    """
+    cdf = p.cumsum(-1, dtype=torch.float64)                             # (B, V)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
+def verify(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Leviathan et al. 2023, Algorithm 1, for every row at once and without a branch.
+
+    p (B, G+1, V), q (B, G, V or fewer), drafted (B, G), u (B, G+1): G to accept with, one to draw
+    with. Returns tokens (B, G+1) and n (B,): row b emits tokens[b, :n[b] + 1], its n accepted
+    drafts and one more; what follows is meaningless.
+    """
+    B, G = drafted.shape
+    # q gets a zero for each token that only the target knows, and a zero row: after full
+    # acceptance the residual p - q is then p itself, and the bonus token is no special case.
+    q = F.pad(q, (0, p.shape[-1] - q.shape[-1], 0, 1))                  # (B, G+1, V)
+    at_draft = drafted[..., None]
+    p_d = p[:, :G].gather(-1, at_draft)[..., 0]                         # (B, G)
+    q_d = q[:, :G].gather(-1, at_draft)[..., 0]
+    accepted = u[:, :G] * q_d < p_d                                     # u < p/q, not divided
+    n = accepted.cumprod(-1).sum(-1)                                    # (B,) before a rejection
+    rows = torch.arange(B, device=p.device)
+    p_n = p[rows, n]                                                    # (B, V)
+    residual = (p_n - q[rows, n]).clamp(min=0)
+    # Where p and q agree up to rounding nothing may be left: then p is the limit.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_n)
+    bonus = sample(residual, u[:, G])
+    return F.pad(drafted, (0, 1)).scatter(1, n[:, None], bonus[:, None]), n
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+@dataclass
+class Stats:
+    """Counts of a run, and what the field reports from them."""
+    rounds: int = 0                 # rounds of single rows
+    emitted: int = 0                # tokens handed out (not the prompt's)
+    drafted: int = 0
+    accepted: int = 0
+    overlap: float = 0.0            # sum over tested drafts of sum_x min(p(x), q(x))
+    seconds: float = 0.0
+    tested_at: list[int] = field(default_factory=list)      # by position in the draft: how often
+    accepted_at: list[int] = field(default_factory=list)    # it was reached, and accepted
+
+    def count(self, gamma: int, n: int, overlap: list[float], emitted: int) -> None:
+        self.rounds, self.emitted = self.rounds + 1, self.emitted + emitted
+        self.drafted, self.accepted = self.drafted + gamma, self.accepted + n
+        grow = [0] * (gamma - len(self.tested_at))
+        self.tested_at, self.accepted_at = self.tested_at + grow, self.accepted_at + grow
+        for i in range(min(n + 1, gamma)):
+            self.tested_at[i] += 1
+            self.accepted_at[i] += i < n
+            self.overlap += overlap[i]
+
+    @property
+    def tested(self) -> int:
+        return sum(self.tested_at)
+
+    @property
+    def accepted_per_drafted(self) -> float:
+        """AMD's acceptance: drafts after a rejection stay in the denominator."""
+        return self.accepted / max(self.drafted, 1)
+
+    @property
+    def alpha(self) -> float:
+        """Leviathan's: accepted over tested. E[sum min(p, q)] (Theorem 3.5) is its expectation."""
+        return self.accepted / max(self.tested, 1)
+
+    @property
+    def alpha_overlap(self) -> float:
+        """The same from sum min(p, q), which does not depend on the dice: less variance."""
+        return self.overlap / max(self.tested, 1)
+
+    @property
+    def tokens_per_round(self) -> float:
+        return self.emitted / max(self.rounds, 1)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.emitted / max(self.seconds, 1e-9)
+
+
+def expected_tokens(alpha: float, gamma: int) -> float:
+    """Tokens a round if each draft is accepted with probability alpha (Leviathan, eq. 1)."""
+    return sum(alpha**i for i in range(gamma + 1))
+
+
+
+# --------------------------------------------------------------------------------- the draft length
+
+MAX_AUTO_GAMMA = 12
+
+
+class DraftLength:
+    """gamma "auto": the draft length that what was measured so far predicts as fastest.
+
+    Seconds a round follow a line in G, fitted to all rounds; alpha is a running mean of the overlap
+    sum min(p, q). The choice rests on past rounds alone and a round's drafts are all verified, so
+    no token is dropped for what it is and the output keeps the target's distribution.
+    """
+
+    def __init__(self):
+        self.alpha, self.sums = 0.7, [0.0] * 5      # sums of 1, G, G^2, seconds, G * seconds
+
+    def choose(self) -> int:
+        n, g, gg, s, gs = self.sums
+        if n < 4:                                   # rounds of two lengths give the line
+            return 2 if n % 2 else 6
+        slope = max((n * gs - g * s) / (n * gg - g * g), 1e-9)
+        base = max(s / n - slope * g / n, slope)    # no round is cheaper than its drafts alone
+        return max(range(1, MAX_AUTO_GAMMA + 1),
+                   key=lambda G: expected_tokens(self.alpha, G) / (base + slope * G))
+
+    def learn(self, gamma: int, seconds: float, overlap: list[float]) -> None:
+        row = (1.0, gamma, gamma * gamma, seconds, gamma * seconds)
+        self.sums = [total + x for total, x in zip(self.sums, row)]
+        for x in overlap:
+            self.alpha += 0.05 * (x - self.alpha)
+
+
+# ------------------------------------------------------------------------------------- the decoder
+
+@dataclass
+class Round:
+    """What a round gave each row. A row that had ended has nothing in any of the three."""
+    tokens: list[list[int]]         # new tokens: accepted drafts, then one of the target's own
+    accepted: list[int]             # how many of `tokens` are drafts
+    drafted: list[list[int]]        # all drafts, kept or not
+
+
+class Decoder:
+    """Decodes a batch of prompts with a target, alone or helped by a draft.
+
+    Everything that a round touches is allocated here, once. Without a draft the draft length is 0
+    and a round is one plain step. gamma is a number or "auto". `length` is how many tokens a row
+    may hold, at most (and by default) the target's context. Raises ValueError for settings that
+    cannot be.
+    """
+
+    def __init__(self, target: Transformer, draft: Transformer | None = None,
+                 gamma: int | str = 5, temperature: float = 0.0, top_k: int = 0,
+                 top_p: float = 1.0, batch: int = 1, length: int | None = None):
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected "
+                             "temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1")
+        if draft is not None and gamma != "auto" and gamma < 1:
+            raise ValueError(f"gamma is {gamma}: expected at least 1 drafted token a round, or auto")
+        self.target, self.draft = target, draft
+        self.auto = DraftLength() if draft is not None and gamma == "auto" else None
+        self.gamma = 0 if draft is None else MAX_AUTO_GAMMA if gamma == "auto" else gamma
+        self.warp = lambda logits: warp(logits, temperature, top_k, top_p)
+        context = target.config.max_position_embeddings
+        self.length = min(length or context, context)
+        self.models = [target] if draft is None else [target, draft]
+        # gamma + 1 more places than tokens: a last round may draft beyond the end.
+        self.caches = [Cache(model.config, batch, self.length + self.gamma + 1, model.device,
+                             model.dtype) for model in self.models]
+        device = target.device
+        self.tail = torch.zeros(batch, 2, dtype=torch.int64, device=device)     # last two tokens
+        self.active = torch.ones(batch, dtype=torch.int64, device=device)       # 0: row has ended
+        self.u = torch.zeros(batch, 2 * self.gamma + 1, dtype=torch.float64, device=device)
+
+    @torch.inference_mode()
+    def start(self, prompts: list[list[int]]) -> None:
+        """Read all of each prompt but its last token (the draft: but its last two)."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for row, prompt in zip(padded, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)                            # (B, T)
+        last = lengths[:, None] - torch.tensor([2, 1])
+        self.tail.copy_(padded.gather(1, last.clamp(min=0)))    # a lone token stands twice
+        self.active.fill_(1)
+        padded, lengths = padded.to(self.tail.device), lengths.to(self.tail.device)
+        for back, model, cache in zip((1, 2), self.models, self.caches):
+            cache.position.zero_()
+            if padded.shape[1] > 1:
+                model.hidden(padded[:, :-1].clamp(max=model.config.vocab_size - 1), cache)
+            cache.position.copy_(lengths - back)        # the padding behind it is now unseen
+
+    def propose(self, G: int) -> tuple[Tensor, Tensor]:
+        """Draft G tokens: drafted (B, G) and the q (B, G, V) that each was drawn from."""
+        # Feeding the last two tokens, not one, fills the gap that full acceptance leaves in the
+        # draft's cache (its last draft was never read): no case distinction, one row more.
+        tokens, drafted, q = self.tail, [], []
+        for i in range(G):
+            # The target may know tokens that the draft has no embedding for, and the reverse.
+            tokens = tokens.clamp(max=self.draft.config.vocab_size - 1)
+            hidden = self.draft.hidden(tokens, self.caches[1])[:, -1]           # (B, C)
+            logits = self.draft.lm_head(hidden)[:, :self.target.config.vocab_size]
+            q.append(self.warp(logits))
+            drafted.append(sample(q[-1], self.u[:, i]))
+            tokens = drafted[-1][:, None]
+        return torch.stack(drafted, 1), torch.stack(q, 1)
+
+    def decide(self, drafted: Tensor, q: Tensor) -> Tensor:
+        """Verify and advance. Returns the one tensor that the host reads, (B, 2G + 2) float64:
+        the G drafts, the token after them, n, and the overlap sum min(p, q) of each draft."""
+        G = drafted.shape[1]
+        logits = self.target(torch.cat((self.tail[:, 1:], drafted), 1), self.caches[0])
+        p = self.warp(logits)                                                   # (B, G+1, V)
+        tokens, n = verify(p, q, drafted, self.u[:, G:2 * G + 1])
+        overlap = torch.minimum(p[:, :G, :q.shape[-1]], q).sum(-1)              # (B, G)
+        step = (n + 1) * self.active
+        self.caches[0].position += step - (G + 1)
+        self.caches[1].position.copy_(self.caches[0].position - 1)
+        self.tail.copy_(torch.cat((self.tail, tokens), 1).gather(
+            1, step[:, None] + torch.arange(2, device=step.device)))
+        bonus = tokens.gather(1, n[:, None])
+        return torch.cat((drafted, bonus, n[:, None], overlap.double()), 1)
+
+    def plain_step(self) -> Tensor:
+        """One token of the target alone, in the form of decide(): the token, and n = 0."""
+        logits = self.target(self.tail[:, 1:], self.caches[0])
+        token = sample(self.warp(logits[:, -1]), self.u[:, 0])[:, None]         # (B, 1)
+        self.caches[0].position += self.active - 1
+        self.tail.copy_(torch.cat((self.tail, token), 1)[:, 1:])
+        return F.pad(token, (0, 1))
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None,
+                 seed: int = 0, stats: Stats | None = None,
+                 stop: Callable[[list[int]], bool] | None = None) -> Iterator[Round]:
+        """Yield a Round at a time until every row has its tokens, met EOS or filled the context.
+
+        EOS is emitted. A row also ends where stop(its new tokens) is true. Row b draws from a
+        random stream of its own, seeded by seed + b: it is what it would have been alone.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
+        room = [self.length - len(prompt) for prompt in prompts]
+        if len(prompts) != len(self.tail) or not all(prompts) or min(room, default=0) < 1:
+            raise ValueError(
+                f"got {len(prompts)} prompts of {[len(p) for p in prompts]} tokens, expected "
+                f"{len(self.tail)} of 1 to {self.length - 1}: the context must hold the prompt and "
+                "a new token, so shorten the prompt")
+        stats = stats if stats is not None else Stats()
+        generators = [torch.Generator().manual_seed(seed + b) for b in range(len(prompts))]
+        new = [[] for _ in prompts]
+        limit = [min(max_new_tokens, space) for space in room]      # 0: the row has ended
+        began = time.perf_counter()
+        self.start(prompts)
+        while any(limit):
+            round_began = time.perf_counter()
+            G = self.auto.choose() if self.auto else self.gamma
+            self.u[:, :2 * G + 1] = torch.stack([
+                torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators])
+            result = self.decide(*self.propose(G)) if G else self.plain_step()
+            done = Round([[] for _ in prompts], [0] * len(prompts), [[] for _ in prompts])
+            for b, row in enumerate(result.tolist()):   # the one synchronisation of a round
+                if not limit[b]:
+                    continue
+                drafted, bonus, n = [int(t) for t in row[:G]], int(row[G]), int(row[G + 1])
+                tokens = (drafted[:n] + [bonus])[:limit[b] - len(new[b])]
+                if eos_id in tokens:
+                    tokens = tokens[:tokens.index(eos_id) + 1]
+                new[b] += tokens
+                done.tokens[b], done.drafted[b] = tokens, drafted
+                done.accepted[b] = min(n, len(tokens))
+                stats.count(G, n, row[G + 2:], len(tokens))
+                if self.auto:
+                    self.auto.learn(G, time.perf_counter() - round_began, row[G + 2:][:n + 1])
+                if len(new[b]) == limit[b] or tokens[-1] == eos_id or (stop and stop(new[b])):
+                    limit[b] = 0
+                    self.active[b] = 0
+                    for cache in self.caches:
+                        cache.position[b] = 0           # the row idles where there is room
+            stats.seconds += time.perf_counter() - began
+            yield done
+            began = time.perf_counter()     # what the caller did meanwhile is not decoding
+
+
+def generate(target: Transformer, prompts: list[list[int]], max_new_tokens: int,
+             draft: Transformer | None = None, gamma: int | str = 5, temperature: float = 0.0,
+             top_k: int = 0, top_p: float = 1.0, **settings) -> Iterator[Round]:
+    """Decoder(...).generate(...) in one call, its caches just long enough."""
+    length = max(map(len, prompts), default=0) + max(max_new_tokens, 1)
+    decoder = Decoder(target, draft, gamma, temperature, top_k, top_p, len(prompts), length)
+    return decoder.generate(prompts, max_new_tokens, **settings)
+
+
+def complete(target: Transformer, prompts: list[list[int]], max_new_tokens: int,
+             **settings) -> list[list[int]]:
+    """The new tokens of each prompt; settings as for generate()."""
+    new = [[] for _ in prompts]
+    for done in generate(target, prompts, max_new_tokens, **settings):
+        for row, tokens in zip(new, done.tokens):
+            row += tokens
+    return new
+
+
+# ----------------------------------------------------------------------------------- the comparison
+
+def step_costs(plain: Decoder, fast: Decoder, prompt: list[int]) -> tuple[float, float]:
+    """c and t(G+1)/t(1): seconds of one draft step and of a verification, over a plain step's."""
+    def seconds(decoder: Decoder, step: Callable) -> float:
+        times = []
+        for _ in range(30):
+            for cache in decoder.caches:
+                cache.position.fill_(len(prompt))
+            synchronize(decoder.target.device)
+            began = time.perf_counter()
+            step()
+            synchronize(decoder.target.device)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    with torch.inference_mode():
+        plain.start([prompt])
+        fast.start([prompt])
+        drafts = fast.propose(fast.gamma)
+        one = seconds(plain, plain.plain_step)
+        return (seconds(fast, lambda: fast.propose(fast.gamma)) / fast.gamma / one,
+                seconds(fast, lambda: fast.decide(*drafts)) / one)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compare(target: Transformer, draft: Transformer, prompts: list[list[int]],
+            max_new_tokens: int, gamma: int | str, seed: int = 0, eos_id: int | None = None,
+            stop: Callable | None = None, **sampling) -> tuple[dict, list, list]:
+    """Decode each prompt plainly and speculatively, in turns so that a drift of the machine's
+    speed meets both. Returns the figures, and each prompt's rounds of both."""
+    length = max(map(len, prompts)) + max_new_tokens
+    decoders = [Decoder(target, None, length=length, **sampling),
+                Decoder(target, draft, gamma, length=length, **sampling)]
+    stats, rounds = [Stats(), Stats()], [[], []]
+    for decoder in decoders:                                    # warm up
+        list(decoder.generate(prompts[:1], min(8, max_new_tokens)))
+    for i, prompt in enumerate(prompts):
+        for k in (0, 1) if i % 2 else (1, 0):
+            rounds[k].append(list(decoders[k].generate([prompt], max_new_tokens, eos_id,
+                                                       seed + i, stats[k], stop)))
+    texts = [[[t for done in row for t in done.tokens[0]] for row in side] for side in rounds]
+    plain, fast = stats
+    figures = {
+        "plain_tokens_per_s": plain.tokens_per_s,
+        "speculative_tokens_per_s": fast.tokens_per_s,
+        "speedup": fast.tokens_per_s / plain.tokens_per_s,
+        "accepted_per_drafted": fast.accepted_per_drafted,
+        "alpha": fast.alpha, "alpha_overlap": fast.alpha_overlap,
+        "tokens_per_round": fast.tokens_per_round, "gamma": gamma,
+        "greedy_match": texts[0] == texts[1] if not sampling.get("temperature") else None,
+        "prompts": len(prompts), "tokens": fast.emitted,
+        "tested_at": fast.tested_at, "accepted_at": fast.accepted_at,
+        "predicted_speedup": None}
+    if gamma != "auto":
+        c, v = step_costs(*decoders, prompts[0])
+        figures |= {"draft_cost": c, "verify_cost": v, "predicted_speedup":
+                    expected_tokens(fast.alpha_overlap, gamma) / (gamma * c + v)}
+    return figures, *rounds
+
+
+# ------------------------------------------------------------------------------------ command line
+
+def load(folder: str, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
+    model = Transformer.from_pretrained(folder, device, dtype).requires_grad_(False)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.n_vocab} entries, the model "
+                         f"{model.config.vocab_size}: use the tokenizer that it was trained with")
+    return pack_for_decoding(model), tokenizer
+
+
+def load_pair(target: str, draft: str, device: torch.device, dtype: torch.dtype):
+    """(target, draft, tokenizer); the draft must know the target's first tokens by the same ids."""
+    model, tokenizer = load(target, device, dtype)
+    helper, other = load(draft, device, dtype)
+    if any(tokenizer.decode_bytes([i]) != other.decode_bytes([i])
+           for i in range(min(tokenizer.n_vocab, other.n_vocab))):
+        raise ValueError(f"{draft} speaks another vocabulary than {target}: a draft must have the "
+                         "target's tokenizer (it may lack some of the last entries)")
+    return model, helper, tokenizer
+
+
+def held_out_prompts(folder: Path, count: int, length: int) -> list[list[int]]:
+    """Prompts of at most `length` tokens that end with the head of a function, each from another
+    held-out file of a data set's source "code": the function's body is left to be written."""
+    corpus, prompts = Corpus(folder, "val"), []
+    tokens = corpus.tokens("code")[:2**20].tolist()             # documents, each closed by EOS
+    while corpus.tokenizer.eos_id in tokens:
+        end = tokens.index(corpus.tokenizer.eos_id)
+        source, tokens = corpus.tokenizer.decode(tokens[:end]), tokens[end + 1:]
+        heads = [m.end() for m in re.finditer(r"^ *def \w+\(.*\):\n", source, re.M)]
+        if heads:
+            prompts.append(corpus.tokenizer.encode(source[:heads[len(heads) // 2]])[-length:])
+    if len(prompts) < count:
+        raise ValueError(f"{folder} has {len(prompts)} held-out files with functions, expected "
+                         f"{count}: prepare more code, or give --prompt")
+    return prompts[::len(prompts) // count][:count]
+
+
+class Display:
+    """Prints rounds as text while they come, accepted drafts green on a terminal.
+
+    Only whole characters are printed: a token may end in the middle of a UTF-8 sequence.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], verbose: bool = False):
+        self.tokenizer, self.tokens, self.verbose = tokenizer, list(prompt), verbose
+        self.printed = tokenizer.decode(prompt)
+        self.colour = sys.stdout.isatty()
+
+    def write(self, tokens: list[int], green: bool = False) -> None:
+        self.tokens += tokens
+        text = self.tokenizer.decode(self.tokens)
+        if not text.endswith("\ufffd"):
+            new, self.printed = text[len(self.printed):], text
+            print(f"\033[32m{new}\033[0m" if green and self.colour and new else new,
+                  end="", flush=True)
+
+    def show(self, done: Round) -> None:
+        n = done.accepted[0]
+        if self.verbose:
+            pieces = [self.tokenizer.decode([t]) for t in done.drafted[0]]
+            print(f"accepted {pieces[:n]} rejected {pieces[n:]} then "
+                  f"{self.tokenizer.decode(done.tokens[0][n:])!r}")
+            return
+        self.write(done.tokens[0][:n], green=True)
+        self.write(done.tokens[0][n:])
+
+
+def print_table(title: str, figures: dict) -> None:
+    f = figures
+    agree = {True: "equal", False: "DIFFERENT", None: "not compared (sampled)"}[f["greedy_match"]]
+    predicted = f["predicted_speedup"]
+    rows = [("plain decoding", f"{f['plain_tokens_per_s']:.1f} tokens/s"),
+            ("speculative decoding", f"{f['speculative_tokens_per_s']:.1f} tokens/s"),
+            ("speed-up", f"{f['speedup']:.2f}x" + (
+                f" (predicted {predicted:.2f}x: a draft step costs {f['draft_cost']:.3f}, verifying "
+                f"{f['verify_cost']:.2f} plain steps)" if predicted else "")),
+            ("accepted / drafted", f"{f['accepted_per_drafted']:.3f} with gamma {f['gamma']}"),
+            ("alpha (accepted / tested)", f"{f['alpha']:.3f}; by sum min(p, q) "
+                                          f"{f['alpha_overlap']:.3f}"),
+            ("acceptance by position", " ".join(
+                f"{a / t:.2f} of {t}" for a, t in zip(f["accepted_at"], f["tested_at"]) if t)),
+            ("tokens a round", f"{f['tokens_per_round']:.2f}"),
+            ("outputs", agree)]
+    print(f"\n{title}, {f['prompts']} prompts, {f['tokens']} tokens")
+    for name, value in rows:
+        print(f"  {name:26} {value}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Decode plainly and speculatively, and compare.")
+    add = parser.add_argument
+    add("--target", default="out/demo-target", help="checkpoint folder (default: %(default)s)")
+    add("--draft", default="out/demo-draft", help="checkpoint folder (default: %(default)s)")
+    add("--data", default="out/data-demo", help="data set whose held-out files give the prompts")
+    add("--prompt", help="text to continue (default: 16 functions of held-out files)")
+    add("--prompt-file", help="file with the text to continue")
+    add("--max-new-tokens", type=int, default=96)
+    add("--gamma", default="5", help="drafted tokens a round, or auto (default: %(default)s)")
+    add("--temperature", type=float, help="default: greedy, and 0.8 beside it without --prompt")
+    add("--top-k", type=int, default=0, help="0: off")
+    add("--top-p", type=float, default=1.0, help="1: off")
+    add("--stop", action="append", help="string that ends the text; can be repeated")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu or cuda (also ROCm); default: the best there is")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    add("--verbose", action="store_true", help="list each round's drafts, accepted and rejected")
+    add("--json", metavar="FILE", help="write the figures there")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"speculative.py: error: {error}\n")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.gamma != "auto" and not args.gamma.isdecimal():
+        raise ValueError(f"--gamma is {args.gamma!r}: expected a number or auto")
+    gamma = args.gamma if args.gamma == "auto" else int(args.gamma)
+    device = resolve_device(args.device)
+    target, draft, tokenizer = load_pair(args.target, args.draft, device,
+                                         getattr(torch, args.dtype))
+    text = Path(args.prompt_file).read_text() if args.prompt_file else args.prompt
+    prompts = (held_out_prompts(Path(args.data), 16, 96) if text is None
+               else [tokenizer.encode(text)])
+    if text is not None and target.config.bos_token_id is not None:
+        prompts[0].insert(0, target.config.bos_token_id)
+    stop = args.stop and (lambda new: any(s in tokenizer.decode(new) for s in args.stop))
+
+    results = {}
+    temperatures = [args.temperature] if args.temperature is not None else (
+        [0.0] if text is not None else [0.0, 0.8])
+    for temperature in temperatures:
+        figures, plain, fast = compare(
+            target, draft, prompts, args.max_new_tokens, gamma, args.seed, tokenizer.eos_id, stop,
+            temperature=temperature, top_k=args.top_k, top_p=args.top_p)
+        if not results:
+            for name, rounds in (("plain", plain[0]), ("speculative", fast[0])):
+                print(f"--- {name}, from: {tokenizer.decode(prompts[0])[-200:]!r}")
+                display = Display(tokenizer, prompts[0], args.verbose)
+                for done in rounds:
+                    display.show(done)
+                print()
+        mode = "greedy" if temperature == 0 else f"temperature {temperature}"
+        print_table(f"{mode}, {args.dtype}, {device}", figures)
+        if results:
+            results["sampled"] = figures
+        else:
+            results = figures
+    if args.json:
+        write_atomically(Path(args.json), [json.dumps(results, indent=2).encode() + b"\n"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Speculative decoding proved: the rule, the round, the loop around it, the corners."""
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from model import ModelConfig, Transformer
+from speculative import Decoder, Stats, complete, expected_tokens, generate, sample, verify, warp
+
+SMALL = ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                    bos_token_id=None, eos_token_id=None)
+
+
+def random_model(config: ModelConfig, seed: int, like: Transformer | None = None,
+                 noise: float = 1.0) -> Transformer:
+    """Float64, with weights large enough that its tokens vary; or a neighbour of another model."""
+    model = Transformer(config).double().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            weight.copy_(0.35 * torch.randn(weight.shape, generator=generator) * noise)
+            if like is not None:
+                weight += like.get_parameter(name)
+    return model
+
+
+@pytest.fixture(scope="module")
+def target():
+    return random_model(SMALL, 1)
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    return random_model(SMALL, 2, like=target, noise=0.08)
+
+
+# ------------------------------------------------------------------- distributions and the rule
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (0, 0, 1.0), (1, 0, 1.0), (0.1, 10, 0.95), (0.8, 3, 1.0), (1.7, 0, 0.6), (2, 5, 0.01),
+    (1, 1, 0.5), (1, 99, 0.999)])
+def test_warp_equals_the_oracle(temperature, top_k, top_p):
+    logits = 3 * torch.randn(50, 30, generator=torch.Generator().manual_seed(0)).double()
+    logits[::2] = logits[::2].round()       # many ties
+    got = warp(logits, temperature, top_k, top_p)
+    want = np.array([oracle.warp(row, temperature, top_k, top_p) for row in logits.numpy()])
+    assert np.abs(got.numpy() - want).max() < 1e-14, "warp() makes another distribution"
+
+
+def test_warp_is_float32_at_least_and_survives_extremes():
+    assert warp(torch.zeros(4, dtype=torch.bfloat16), 1.0).dtype == torch.float32
+    p = warp(torch.tensor([1e30, -1e30, 0.0]), 1e-30)
+    assert p.tolist() == [1, 0, 0], f"a tiny temperature overflowed: {p}"
+
+
+def test_sample_equals_the_oracle_and_never_draws_the_impossible():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(400, 9, generator=generator, dtype=torch.float64)
+    p[p < 0.6] = 0
+    p[:, 4] += 0.1
+    edges = torch.tensor([0.0, 1 - 2**-53] * 100, dtype=torch.float64)
+    u = torch.cat((edges, torch.rand(200, generator=generator, dtype=torch.float64)))
+    tokens = sample(p, u)
+    assert (p.gather(1, tokens[:, None]) > 0).all(), "a token of probability 0 was drawn"
+    want = [oracle.sample(row, x) for row, x in zip(p.numpy(), u.tolist())]
+    assert tokens.tolist() == want, "sample() is not the inverse CDF"
+
+
+@pytest.mark.parametrize("draft_vocabulary", [6, 4])
+@pytest.mark.parametrize("G", [1, 2, 5])
+def test_verify_equals_the_oracle_on_the_same_uniforms(G, draft_vocabulary):
+    generator = torch.Generator().manual_seed(G)
+    B, V = 500, 6
+    logits = 2 * torch.randn(2, B, G + 1, V, generator=generator).double()
+    p = warp(logits[0], 1.0, 4)
+    q = warp(logits[1, :, :G, :draft_vocabulary], 1.0, 3)
+    p[:50, :G, :draft_vocabulary] = q[:50]                      # agreement: no residual is left
+    u = torch.rand(B, 2 * G + 1, generator=generator, dtype=torch.float64)
+    drafted = torch.stack([sample(q[:, i], u[:, i]) for i in range(G)], 1)
+    tokens, n = verify(p, q, drafted, u[:, G:])
+    seen = set()
+    padded = torch.nn.functional.pad(q, (0, V - draft_vocabulary))
+    for b in range(B):
+        want, accepted = oracle.verify(p[b].numpy(), padded[b].numpy(), drafted[b].tolist(),
+                                       u[b, G:2 * G].numpy(), u[b, -1].item())
+        got = tokens[b, :n[b] + 1].tolist()
+        assert (got, n[b].item()) == (want, accepted), f"row {b} differs from the oracle"
+        seen.add(accepted)
+    assert seen == set(range(G + 1)), f"only {seen} drafts were ever accepted: a weak test"
+
+
+class Markov:
+    """A model whose next token depends on the last one alone: row t of P is what follows t."""
+
+    def __init__(self, P):
+        self.config = replace(SMALL, vocab_size=len(P))
+        self.logits, self.device, self.dtype = torch.tensor(P).log(), "cpu", torch.float64
+
+    def hidden(self, tokens, cache):
+        cache.position += tokens.shape[1]
+        return self.logits[tokens]
+
+    def lm_head(self, hidden):
+        return hidden
+
+    __call__ = hidden
+
+
+def toy(V: int, seed: int, zeros: bool):
+    P = np.random.default_rng(seed).dirichlet(np.ones(V), V)
+    if zeros:                                   # tokens that only one of the two can emit
+        P[np.arange(V), (np.arange(V) + seed) % V] = 0
+    return P / P.sum(-1, keepdims=True)
+
+
+def intervals(breakpoints):
+    """Midpoints and lengths of the intervals of [0, 1) between the places where an outcome may
+    change: a sum over them is the exact integral over a uniform u, if there are no others."""
+    edges = np.unique(np.clip(np.concatenate([[0, 1], *breakpoints]), 0, 1))
+    edges = edges[np.diff(edges, prepend=-1) > 1e-13]
+    return (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+
+
+@pytest.mark.parametrize("V, Vq, G, sampling, zeros", [
+    (2, 2, 1, (1.0,), False), (2, 2, 3, (1.0,), False), (3, 3, 2, (1.0,), True),
+    (4, 4, 1, (1.0,), True), (3, 2, 2, (1.0,), False), (2, 3, 2, (1.0,), False),
+    (4, 4, 1, (0.7, 3), False), (4, 3, 1, (1.3, 0, 0.8), False)])
+def test_a_round_has_exactly_the_targets_joint_distribution(V, Vq, G, sampling, zeros):
+    """Every draft path times every acceptance times every residual, through the decoder's own
+    code: rows of one batch are all the combinations of what the uniforms can decide."""
+    P, Q = toy(V, 1, zeros), toy(Vq, 2, zeros)
+    temperature, top_k, top_p = (*sampling, 0, 1.0)[:3] if len(sampling) < 3 else sampling
+    with np.errstate(divide="ignore"):
+        warped_P = np.array([oracle.warp(row, temperature, top_k, top_p) for row in np.log(P)])
+        warped_Q = np.array([oracle.warp(np.log(Q)[min(t, Vq - 1), :V], temperature, top_k, top_p)
+                             for t in range(V)])
+    q = np.zeros((V, V))
+    q[:, :warped_Q.shape[1]] = warped_Q
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.nan_to_num(warped_P / q, posinf=1)
+    left = np.array([oracle.residual(a, b) for a, b in zip(warped_P, q)])
+    points = ([intervals([q.cumsum(-1).ravel()])] * G + [intervals([ratios.ravel()])] * G
+              + [intervals([warped_P.cumsum(-1).ravel(), left.cumsum(-1).ravel()])])
+    u = torch.tensor(list(itertools.product(*(middles for middles, _ in points))))
+    weight = np.prod(list(itertools.product(*(lengths for _, lengths in points))), axis=1)
+    decoder = Decoder(Markov(P), Markov(Q), G, *sampling, batch=len(u), length=4)
+    joint = {}
+    for start in range(V):
+        decoder.tail.fill_(start)
+        decoder.u.copy_(u)
+        result = decoder.decide(*decoder.propose(G))
+        emitted = joint[start] = {}
+        for row, w in zip(result.tolist(), weight):
+            n = int(row[G + 1])
+            path = (*map(int, row[:n]), int(row[G]))
+            emitted[path] = emitted.get(path, 0.0) + w
+    # Rounds follow one another until n tokens stand: their joint must be the target's.
+    n = G + 2
+    for start in range(V):
+        paths = {(): 1.0}
+        for _ in range(n):
+            longer = {}
+            for tokens, probability in paths.items():
+                more = joint[(start, *tokens)[-1]] if len(tokens) < n else {(): 1.0}
+                for emitted, rest in more.items():
+                    key = (tokens + emitted)[:n]
+                    longer[key] = longer.get(key, 0.0) + probability * rest
+            paths = longer
+        want = oracle.target_joint(warped_P, start, n)
+        worst = max(abs(paths.get(key, 0.0) - want.get(key, 0.0)) for key in paths | want)
+        assert worst < 1e-12, f"after token {start} the joint is wrong by {worst}"
+
+
+# ---------------------------------------------------------------------------------- the decoder
+
+PROMPTS = [[5, 6, 7, 8], [0], [9, 0, 3], [1] * 20]
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+def test_greedy_speculative_equals_greedy_plain_at_every_acceptance_length(target, draft, gamma):
+    stats = Stats()
+    for prompt in PROMPTS:
+        plain = complete(target, [prompt], 40)
+        fast = complete(target, [prompt], 40, draft=draft, gamma=gamma, stats=stats)
+        assert fast == plain, f"prompt {prompt}: speculative greedy text differs from plain greedy"
+    # accepted_at[i] < tested_at[i]: there was a rejection at i; and full acceptance happened.
+    rejected = [t > a for t, a in zip(stats.tested_at, stats.accepted_at)]
+    assert all(rejected) and stats.accepted_at[-1] > 0, f"not every length occurred: {stats}"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_equal_to_the_target_is_always_accepted(target, temperature):
+    stats = Stats()
+    complete(target, [PROMPTS[0]], 40, draft=target, gamma=4, temperature=temperature, stats=stats)
+    assert stats.accepted == stats.drafted > 0, (
+        f"{stats.accepted} of {stats.drafted} accepted: the draft's cache lags, or q is not the "
+        "distribution that was sampled")
+    assert stats.alpha_overlap == pytest.approx(1, abs=1e-12) and stats.tokens_per_round == 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_of_a_batch_are_what_they_would_have_been_alone(target, draft, temperature):
+    settings = dict(draft=draft, gamma=3, temperature=temperature)
+    together = complete(target, PROMPTS, 30, seed=7, **settings)
+    alone = [complete(target, [prompt], 30, seed=7 + b, **settings)[0]
+             for b, prompt in enumerate(PROMPTS)]
+    assert together == alone, "a row of a batch depends on its neighbours"
+
+
+def test_eos_anywhere_in_a_round_ends_its_row_alone(target, draft):
+    free = complete(target, PROMPTS, 30)
+    for eos in sorted(set(free[0])):
+        want = [row[:row.index(eos) + 1] if eos in row else row for row in free]
+        for gamma in (2, 4):
+            got = complete(target, PROMPTS, 30, draft=draft, gamma=gamma, eos_id=eos)
+            assert got == want, f"EOS {eos} with gamma {gamma} did not end the right rows"
+
+
+def test_a_stop_function_ends_its_row_alone(target, draft):
+    rows = complete(target, PROMPTS[:2], 30, draft=draft, gamma=3,
+                    stop=lambda tokens: PROMPTS and len(tokens) >= 7)
+    assert all(7 <= len(row) <= 10 for row in rows)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 7])
+def test_exactly_max_new_tokens_are_emitted(target, draft, max_new_tokens):
+    plain = complete(target, PROMPTS, max_new_tokens)
+    assert complete(target, PROMPTS, max_new_tokens, draft=draft, gamma=5) == plain
+    assert all(len(row) == max_new_tokens for row in plain)
+
+
+def test_a_prompt_that_nearly_fills_the_context_gets_what_fits(target, draft):
+    prompt = [3] * (SMALL.max_position_embeddings - 2)
+    plain = complete(target, [prompt], 50)
+    assert len(plain[0]) == 2, "generation must end with the context"
+    assert complete(target, [prompt], 50, draft=draft, gamma=5) == plain
+
+
+@pytest.mark.parametrize("draft_vocabulary", [20, 64])
+def test_a_draft_with_another_vocabulary_size_changes_nothing(target, draft_vocabulary):
+    other = random_model(replace(SMALL, vocab_size=draft_vocabulary), 3)
+    plain = complete(target, PROMPTS, 30)
+    assert max(map(max, plain)) >= 20, "the target must emit what the draft does not know"
+    assert complete(target, PROMPTS, 30, draft=other, gamma=3) == plain
+
+
+def test_a_draft_of_shorter_context_changes_nothing(target):
+    other = random_model(replace(SMALL, max_position_embeddings=8), 3)
+    assert complete(target, PROMPTS, 30, draft=other) == complete(target, PROMPTS, 30)
+
+
+@pytest.mark.parametrize("prompts, settings, words", [
+    ([[]], {}, "prompts of"), ([[1] * 64], {}, "shorten the prompt"), ([], {}, "prompts of"),
+    ([[1]], dict(max_new_tokens=0), "max_new_tokens"), ([[1]], dict(gamma=0), "gamma"),
+    ([[1]], dict(temperature=-1.0), "temperature"), ([[1]], dict(top_p=0.0), "top_p"),
+    ([[1]], dict(top_k=-1), "top_k")])
+def test_impossible_settings_get_a_sentence(target, draft, prompts, settings, words):
+    with pytest.raises(ValueError, match=words):
+        complete(target, prompts, **(dict(max_new_tokens=5, draft=draft) | settings))
+
+
+def test_generate_yields_each_round_as_it_is_known(target, draft):
+    rounds = list(generate(target, [PROMPTS[0]], 20, draft=draft, gamma=3))
+    assert [t for r in rounds for t in r.tokens[0]] == complete(target, [PROMPTS[0]], 20)[0]
+    assert all(len(r.tokens[0]) in (r.accepted[0], r.accepted[0] + 1) for r in rounds)
+
+
+def test_statistics_follow_their_definitions():
+    stats = Stats()
+    stats.count(4, 2, [0.9, 0.8, 0.5, 0.1], 3)      # two accepted, the third rejected
+    stats.count(4, 4, [1.0, 1.0, 1.0, 1.0], 5)      # all accepted
+    stats.count(4, 0, [0.2, 0.3, 0.3, 0.3], 1)
+    assert (stats.rounds, stats.emitted) == (3, 9) and stats.tokens_per_round == 3
+    assert stats.accepted_per_drafted == 6 / 12     # drafts after a rejection count
+    assert stats.alpha == 6 / 8                     # but they were never tested
+    assert stats.alpha_overlap == pytest.approx((0.9 + 0.8 + 0.5 + 4 + 0.2) / 8)
+    assert stats.tested_at == [3, 2, 2, 1] and stats.accepted_at == [2, 2, 1, 1]
+
+
+def test_expected_tokens_is_the_papers_formula():
+    for alpha in (0.0, 0.3, 0.9, 1.0):
+        assert expected_tokens(alpha, 5) == pytest.approx(oracle.expected_tokens(alpha, 5))
