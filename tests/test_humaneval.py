@@ -1,0 +1,190 @@
+"""Claims about running what a model wrote (evaluate.py): right programs pass, no attack does.
+
+Each attack defines f so that f() == 1 only if the attack got through; check() asserts that.
+"""
+import inspect
+import os
+import socket
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import evaluate
+
+CHECK = "def check(candidate):\n    assert candidate() == 1\n"
+RIGHT = "def f():\n    return 1\n"
+CAGED = evaluate.run_program(RIGHT, CHECK, "f") == (True, True)
+needs_cage = pytest.mark.skipif(not CAGED, reason="this kernel gives no namespaces to us")
+needs_data = pytest.mark.skipif("EVAL_DATA" not in os.environ, reason="EVAL_DATA is not set: the "
+                                "folder with humaneval/HumanEval.jsonl.gz")
+
+# What fails with limits alone, too.
+ATTACKS = {
+    "exit(0) while it is defined": "import sys\nsys.exit(0)",
+    "exit(0) when it is called": "def f():\n    raise SystemExit(0)",
+    "os._exit(0)": "import os\ndef f():\n    os._exit(0)",
+    "os._exit(0) at once": "import os\nos._exit(0)",
+    "an infinite loop": "def f():\n    while True: pass",
+    "a long sleep": "import time\ndef f():\n    time.sleep(60)\n    return 1",
+    "endless recursion": "def f():\n    return f()",
+    "KeyboardInterrupt": "def f():\n    raise KeyboardInterrupt",
+    "8 GB of memory": "def f():\n    return len(bytearray(8 << 30)) // (8 << 30)",
+    "a printed 'passed'": "import os\nprint('passed', flush=True)\ndef f():\n"
+                          "    for fd in range(20):\n"
+                          "        try: os.write(fd, b'caged passed')\n"
+                          "        except OSError: pass",
+    "input() as the word": "def f():\n    print(input())",
+    "a file of 100 MB": "def f():\n    with open('big', 'wb') as file:\n"
+                        "        for _ in range(100): file.write(bytes(1 << 20))\n    return 1",
+    "a replaced check": "def f(): pass\ndef check(candidate): pass",
+    "a check replaced by a tracer": "import sys\ndef f(): pass\ndef trace(frame, event, arg):\n"
+                                    "    frame.f_globals['check'] = lambda f: None\n"
+                                    "    return trace\nsys._getframe().f_trace = trace\n"
+                                    "sys.settrace(trace)\nsys.setprofile(trace)",
+    "a check replaced by a thread": "import threading\ndef f(): pass\ndef swap():\n"
+                                    "    while True: globals()['check'] = lambda f: None\n"
+                                    "threading.Thread(target=swap, daemon=True).start()",
+    "tests swallowed by a string": "def f(): pass\ncheck = '''",
+    "the word looked for in memory": """
+import gc, os, re, sys
+def f():
+    frame, seen = sys._getframe(), []
+    while frame:
+        seen += [repr(frame.f_locals), repr(frame.f_globals)]
+        frame = frame.f_back
+    seen += [repr(x)[:10000] for x in gc.get_objects() if isinstance(x, (list, tuple))]
+    for word in set(re.findall('[0-9a-f]{32}', ' '.join(seen))):
+        for fd in range(20):
+            try: os.write(fd, word.encode())
+            except OSError: pass
+""",
+}
+# What needs the kernel's namespaces.
+CAGE_ATTACKS = {
+    "a fork bomb": "import os\ndef f():\n    while True:\n        os.fork()",
+    "a process that outlives it": "import os, time\nif os.fork() == 0:\n    os.setsid()\n"
+                                  "    time.sleep(60)\ndef f(): return 1",
+    "a program started": "import subprocess\ndef f():\n"
+                         "    return 1 + subprocess.run(['/bin/true']).returncode",
+    "many files": "def f():\n    for i in range(100):\n"
+                  "        with open(str(i), 'wb') as file: file.write(bytes(1 << 20))\n"
+                  "    return 1",
+    "many empty files": "def f():\n    for i in range(5000): open(str(i), 'w').close()\n"
+                        "    return 1",
+    "a file elsewhere": "import os\ndef f():\n"
+                        "    for place in ('/tmp', '/var/tmp', '/dev/shm', HOME):\n"
+                        "        try: open(place + '/MARKER', 'w'); return 1\n"
+                        "        except OSError: pass",
+    "the mounts made writable again": "import ctypes\ndef f():\n"
+                                      "    libc = ctypes.CDLL(None)\n    libc.umount2(b'.', 2)\n"
+                                      "    attr = (ctypes.c_uint64 * 4)(0, 1, 0, 0)\n"
+                                      "    libc.syscall(442, -100, b'/', 0x8000, attr, 32)\n"
+                                      "    open('/tmp/MARKER', 'w')\n    return 1",
+    "the parent's environment": "import os, glob\ndef f():\n    found = set(os.environ) - "
+                                "{'LC_CTYPE'}\n    for path in glob.glob('/proc/*/environ'):\n"
+                                "        try: found |= set(open(path, 'rb').read())\n"
+                                "        except OSError: pass\n    return int(bool(found))",
+    "every process killed": "import os\nos.kill(-1, 9)\ndef f(): return 0",
+    "the parent killed": "import os\ndef f():\n    return int(os.getppid() > 0)",
+    "real root again": "import os\ndef f():\n    os.setresuid(0, 0, 0)\n    return 1",
+}
+
+
+@pytest.fixture
+def survivors(monkeypatch):
+    """A function that lists the processes still there that this test has started."""
+    marker = uuid.uuid4().hex
+    source = inspect.getsource(evaluate.cage)
+    monkeypatch.setattr(evaluate.inspect, "getsource", lambda _: f"{source}\n# {marker}")
+
+    def look() -> list[str]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if marker.encode() in path.read_bytes():
+                    found.append(path.parent.name)
+            except OSError:
+                pass
+        return found
+    return look
+
+
+def attack(program: str, survivors) -> None:
+    passed, _ = evaluate.run_program(program, CHECK, "f", seconds=2)
+    assert not passed, "the attack was counted as a right answer: look at evaluate.cage()"
+    assert not survivors(), "a process of the attack is still running: look at evaluate.cage()"
+    assert evaluate.run_program(RIGHT, CHECK, "f")[0], "after the attack a right program fails"
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_attack_passes(name, survivors):
+    attack(ATTACKS[name], survivors)
+
+
+@pytest.mark.parametrize("name", ["exit(0) when it is called", "os._exit(0)", "an infinite loop",
+                                  "8 GB of memory", "a printed 'passed'", "a file of 100 MB"])
+def test_no_attack_passes_where_the_kernel_gives_no_namespaces(name, survivors, monkeypatch):
+    monkeypatch.setattr(evaluate, "NAMESPACES", -1)
+    assert evaluate.run_program(RIGHT, CHECK, "f") == (True, False), \
+        "a run without namespaces must work and must say that it was not caged"
+    attack(ATTACKS[name], survivors)
+
+
+@needs_cage
+@pytest.mark.parametrize("name", CAGE_ATTACKS)
+def test_no_attack_leaves_the_cage(name, survivors):
+    marker = Path(f"/tmp/{uuid.uuid4().hex}")
+    program = CAGE_ATTACKS[name].replace("MARKER", marker.name)
+    attack(program.replace("HOME", repr(str(Path.home()))), survivors)
+    assert not marker.exists(), "the attack wrote outside its folder"
+
+
+@needs_cage
+def test_no_attack_reaches_the_network(survivors):
+    server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(0.5)
+    port = server.getsockname()[1]
+    attack("import socket\ndef f():\n"
+           f"    socket.create_connection(('127.0.0.1', {port}), 1)\n    return 1", survivors)
+    with server, pytest.raises(TimeoutError):
+        server.accept()
+
+
+def test_attacks_side_by_side_leave_no_files_behind(tmp_path, monkeypatch, survivors):
+    monkeypatch.setattr(evaluate.tempfile, "tempdir", str(tmp_path))
+    programs = [ATTACKS["a file of 100 MB"], ATTACKS["an infinite loop"], RIGHT, RIGHT]
+    with ThreadPoolExecutor(4) as pool:
+        verdicts = list(pool.map(lambda p: evaluate.run_program(p, CHECK, "f", 2)[0], programs))
+    assert verdicts == [False, False, True, True], "neighbours changed each other's verdicts"
+    assert not survivors() and not list(tmp_path.iterdir()), "something was left behind"
+    assert threading.active_count() < 50
+
+
+@needs_data
+def test_every_canonical_solution_passes_and_every_empty_body_fails():
+    problems = evaluate.read_problems(os.environ["EVAL_DATA"])
+
+    def run(body: str) -> list[str]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            verdicts = pool.map(lambda p: evaluate.run_program(
+                p["prompt"] + p.get(body, body), p["test"], p["entry_point"])[0], problems)
+            return [p["task_id"] for p, passed in zip(problems, verdicts) if passed]
+
+    assert len(problems) == 164
+    assert len(run("canonical_solution")) == 164, "a right solution failed in the cage"
+    assert run("    pass\n") == [], "an empty body was counted as right"
+
+
+@needs_data
+def test_no_stop_string_cuts_a_canonical_solution():
+    for problem in evaluate.read_problems(os.environ["EVAL_DATA"]):
+        solution = problem["canonical_solution"]
+        assert evaluate.cut_at_stop(solution) == solution, problem["task_id"]
+
+
+def test_a_completion_ends_at_the_first_stop_string():
+    assert evaluate.cut_at_stop("    return 1\n\nprint(f())\ndef g(): pass") == "    return 1\n"
+    assert evaluate.cut_at_stop("    if x:\n        return 1") == "    if x:\n        return 1"
