@@ -18,7 +18,7 @@ import json
 import math
 import mmap
 import os
-import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class ModelConfig:
             raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}, expected <= 1024")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of "
-                             f"num_attention_heads {self.num_attention_heads} (RoPE pairs channels)")
+                             f"num_attention_heads {self.num_attention_heads}: RoPE pairs channels")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} must be a multiple "
                              f"of num_key_value_heads {self.num_key_value_heads}")
@@ -238,12 +238,14 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
         self.config = config
+        V, C = config.vocab_size, config.hidden_size
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            # Left empty as in Linear: drawing it on the meta device would import sympy (1.2 s).
+            "embed_tokens": nn.Embedding(V, C, _weight=torch.empty(V, C)),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            "norm": RMSNorm(C, config.rms_norm_eps),
         })
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(C, V)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         if not self.lm_head.weight.is_meta:
@@ -304,47 +306,38 @@ class Transformer(nn.Module):
         dtype None keeps the checkpoint's own. Raises ValueError for what is missing or unsupported.
         """
         folder = Path(folder)
-        config = read_config(folder)
+        config = read_config(folder / "config.json")
         with torch.device("meta"):          # shapes without memory: the checkpoint brings the data
             model = cls(config)
-        expected = model.state_dict()
-        if config.tie_word_embeddings:
-            del expected["lm_head.weight"]
+        expected = dict(model.named_parameters())       # a tied head is not named twice
         found, problems = {}, []
         for name, tensor in read_tensors(folder):
             if name.endswith("rotary_emb.inv_freq") or (
                     name == "lm_head.weight" and config.tie_word_embeddings):
                 continue                    # old checkpoints store what the config already says
-            if name not in expected:
-                problems.append(f"unexpected {name}")
-            elif tensor.shape != expected[name].shape:
-                problems.append(f"{name} is {tuple(tensor.shape)}, "
-                                f"expected {tuple(expected[name].shape)}")
-            elif not tensor.is_floating_point():
-                problems.append(f"{name} is {tensor.dtype}, expected a floating-point type")
+            want = expected.pop(name, None)
+            if want is None:
+                problems.append(f"unexpected {name!r:.99}")
+            elif tensor.shape != want.shape or not tensor.is_floating_point():
+                problems.append(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected"
+                                f" floating-point of shape {tuple(want.shape)}")
             else:
                 found[name] = tensor.to(device, dtype or tensor.dtype)
-        problems += [f"missing {name}" for name in expected if name not in found
-                     and not any(problem.startswith(name) for problem in problems)]
+        problems += [f"missing {name}" for name in expected]
         if problems:
-            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"{folder} does not hold the model that its config.json describes: "
                              f"{'; '.join(problems[:8])}{more}")
+        model.load_state_dict(found, strict=False, assign=True)     # strict: just checked
         if config.tie_word_embeddings:
-            found["lm_head.weight"] = found["model.embed_tokens.weight"]
-        model.load_state_dict(found, assign=True)
-        if config.tie_word_embeddings:      # assigning made two parameters of the shared one
             model.lm_head.weight = model.model.embed_tokens.weight
-        return model
+        return model.to(model.dtype)        # a checkpoint of mixed types gets the embedding's
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each under a temporary name first."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = self.state_dict()
-        if self.config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
-        write_safetensors(folder / "model.safetensors", tensors)
+        write_safetensors(folder / "model.safetensors", dict(self.named_parameters()))
         config = asdict(self.config) | {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "torch_dtype": str(self.dtype).removeprefix("torch.")}
@@ -369,56 +362,46 @@ def resolve_device(name: str | None = None) -> torch.device:
 
 # What a Llama config may say besides our fields, and the one value of it that this model computes.
 SUPPORTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-             "mlp_bias": False, "rope_scaling": None, "sliding_window": None,
-             "quantization_config": None, "partial_rotary_factor": 1.0}
+             "mlp_bias": False, "rope_type": "default", "rope_scaling": None,
+             "partial_rotary_factor": 1.0, "sliding_window": None, "quantization_config": None}
 
 
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}, no object")
+        return value
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is missing: expected a checkpoint folder with config.json and "
                          f"model.safetensors; train one with train.py or download one") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): restore the file") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
+        raise ValueError(f"{path} is not a JSON object ({error}): restore the file") from None
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(path: Path) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json; what this model cannot compute is refused."""
-    raw = read_json(folder / "config.json")
-    rope_parameters = raw.get("rope_parameters") or {}      # where transformers 5 keeps the base
-    if not isinstance(rope_parameters, dict) or rope_parameters.get(
-            "rope_type", "default") != "default":
-        raise ValueError(f"{folder}: rope_parameters {rope_parameters!r} is not supported: this "
-                         f"model computes plain RoPE (rope_type default) only")
-    raw = {"num_key_value_heads": raw.get("num_attention_heads")} | raw | {
-        key: value for key, value in rope_parameters.items() if key != "rope_type"}
-    for name, value in SUPPORTED.items():
-        if raw.get(name, value) != value:
-            raise ValueError(f"{folder}: {name} {raw[name]!r} is not supported: this model "
-                             f"computes {name} {value!r} only")
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads")
-    missing = [name for name in ("model_type", *required) if name not in raw]
-    if missing:
-        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}")
-    # A field that a config leaves out has transformers' default, which is not AMD-135M's.
-    defaults = {"rms_norm_eps": 1e-6}
-    for name in ("bos_token_id", "eos_token_id"):
-        if isinstance(raw.get(name), list):                 # Llama-3 lists several: the first ends
-            raw[name] = raw[name][0] if raw[name] else None
-    known = {field.name: raw[field.name] for field in fields(ModelConfig) if field.name in raw}
+    raw = read_json(path)
     try:
-        config = ModelConfig(**(defaults | known))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    if raw.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(f"{folder}: head_dim {raw['head_dim']!r} is not supported: this model "
-                         f"computes hidden_size / num_attention_heads = {config.head_dim} only")
-    return config
+        raw |= raw.get("rope_parameters") or {}     # where transformers 5 keeps the base of RoPE
+        for name, value in SUPPORTED.items():
+            if raw.get(name) not in (None, value):
+                raise ValueError(f"{name} {raw[name]!r} is not supported: this model computes "
+                                 f"{name} {value!r} only")
+        missing = {"model_type", "vocab_size", "hidden_size", "intermediate_size",
+                   "num_hidden_layers", "num_attention_heads"} - raw.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        # transformers' defaults for what a config leaves out; the rest are ModelConfig's.
+        raw = {"rms_norm_eps": 1e-6, "num_key_value_heads": raw["num_attention_heads"]} | raw
+        config = ModelConfig(**{field.name: raw[field.name] for field in fields(ModelConfig)
+                                if field.name in raw})
+        if raw.get("head_dim") not in (None, config.head_dim):
+            raise ValueError(f"head_dim {raw['head_dim']!r} is not supported: this model computes "
+                             f"hidden_size / num_attention_heads = {config.head_dim} only")
+        return config
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: {error!s:.300}") from None   # cut: a value can be a long one
 
 
 # ---------------------------------------------------------------------- checkpoints: the tensors
@@ -427,97 +410,85 @@ def read_config(folder: Path) -> ModelConfig:
 # little-endian data. https://huggingface.co/docs/safetensors
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+          "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+          "U8": torch.uint8, "BOOL": torch.bool}
 MAX_HEADER = 100_000_000        # bytes: the bound of the reference implementation
 
 
-def read_safetensors(path: Path):
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of a safetensors file; each tensor is its own private mapping.
 
     Nothing is read until it is used, and a tensor that is converted frees its pages with it, so
-    loading takes the memory of the result. Every offset is checked before anything is mapped.
+    loading takes the memory of the result. Every offset is checked before it is mapped.
     """
-    def check(condition, problem):
-        if not condition:
-            raise ValueError(f"{path} is not a valid safetensors file: {problem}; copy it anew")
-
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        check(size >= 8, f"{size} bytes are too few for a header")
-        length = struct.unpack("<Q", file.read(8))[0]
-        check(length <= min(size - 8, MAX_HEADER), f"its header of {length} bytes is too long")
         try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError):
-            header = None
-        check(isinstance(header, dict), "its header is not a JSON object")
-        header.pop("__metadata__", None)
-        entries = []
-        for name, entry in header.items():
-            try:
-                dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-                start, end = entry["data_offsets"]
-                integers = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-            except (KeyError, TypeError, ValueError):
-                integers = False
-            check(integers, f"the entry of {name!r} is malformed or of an unknown dtype")
-            check(len(shape) <= 8 and end - start == math.prod(shape) * dtype.itemsize,
-                  f"{name!r} has {end - start} bytes, not those of {entry['dtype']} {shape}")
-            entries.append((start, end, name, dtype, shape))
-        covered = 0         # the data must be covered without overlaps or holes
-        for start, end, name, *_ in sorted(entries, key=lambda entry: entry[:2]):
-            check(start == covered, f"{name!r} starts at byte {start}, expected {covered}")
-            covered = end
-        check(8 + length + covered == size,
-              f"it has {size} bytes, its header describes {8 + length + covered}")
-        for start, end, name, dtype, shape in entries:
-            if start == end:
-                yield name, torch.empty(shape, dtype=dtype)
-                continue
-            first = 8 + length + start
-            page = first - first % mmap.ALLOCATIONGRANULARITY
-            data = mmap.mmap(file.fileno(), 8 + length + end - page, access=mmap.ACCESS_COPY,
-                             offset=page)
-            if first % dtype.itemsize:      # a header of odd length: move the data into alignment
-                data, first, page = bytearray(data[first - page:]), 0, 0
-            yield name, torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
-                                         offset=first - page).view(shape)
+            size = os.fstat(file.fileno()).st_size
+            data = first = 8 + int.from_bytes(file.read(8), "little")
+            if data > min(size, MAX_HEADER):
+                raise ValueError(f"{size} bytes, of which its header claims {data}")
+            header = json.loads(file.read(data - 8))
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype, shape, (start, end) = (
+                    DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"])
+                # In order, the entries must cover the data without overlaps or holes.
+                if (dtype is None or {type(n) for n in (start, end, *shape)} != {int}
+                        or len(shape) > 8 or min(shape, default=1) < 1 or data + start != first
+                        or end - start != math.prod(shape) * dtype.itemsize):
+                    raise ValueError(f"{name!r:.99} is {entry!r:.199}, expected a dtype of "
+                                     f"{', '.join(DTYPES)} and its bytes from {first - data} on")
+                inset = first % mmap.ALLOCATIONGRANULARITY      # a mapping starts at a page
+                pages = mmap.mmap(file.fileno(), inset + end - start, access=mmap.ACCESS_COPY,
+                                  offset=first - inset)
+                if first % dtype.itemsize:                      # out of alignment: move the data
+                    pages, inset = bytearray(pages[inset:]), 0
+                yield name, torch.frombuffer(pages, dtype=dtype, count=math.prod(shape),
+                                             offset=inset).view(shape)
+                first = data + end
+            if first != size:
+                raise ValueError(f"{size} bytes, of which its header describes {first}")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a valid safetensors file ({error!s:.399}): copy it "
+                             "anew") from None
 
 
-def read_tensors(folder: Path):
+def read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of a file that torch.save wrote; weights_only: it can run no code."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        good = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())
+    except Exception:       # whatever a broken pickle raises
+        good = False
+    if not good:
+        raise ValueError(f"{path} is not a file of named tensors alone: fetch it again")
+    yield from tensors.items()
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) from a folder's weights, one file or its shards, each read once."""
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / file).exists():
-            shards = [file]
-        elif (folder / f"{file}.index.json").exists():
-            weight_map = read_json(folder / f"{file}.index.json").get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                    isinstance(shard, str) and Path(shard).name == shard
-                    for shard in weight_map.values()):
-                raise ValueError(f"{folder / file}.index.json has no weight_map of file names")
-            shards = sorted(set(weight_map.values()))
+    present = os.listdir(folder)
+    for file, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
+        index = f"{file}.index.json"
+        if file in present:
+            shards = {file}
+        elif index in present:
+            weight_map = read_json(folder / index).get("weight_map")
+            for shard in weight_map.values() if isinstance(weight_map, dict) else [None]:
+                if shard not in present:        # so it is also a plain name, in this folder
+                    raise ValueError(f"{folder / index} names {shard!r:.99} as a file of weights, "
+                                     "which is not there: fetch it again")
+            shards = set(weight_map.values())
         else:
             continue
-        for shard in shards:
-            path = folder / shard
-            if not path.exists():
-                raise ValueError(f"{path} is missing: {file}.index.json names it; fetch it again")
-            if file.endswith(".safetensors"):
-                yield from read_safetensors(path)
-                continue
-            try:
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                items = list(tensors.items())
-            except Exception as error:
-                raise ValueError(f"{path} is not a file of tensors "
-                                 f"({str(error).splitlines()[0]}): fetch it again") from None
-            yield from ((k, v) for k, v in items if isinstance(v, Tensor))
+        for shard in sorted(shards):
+            yield from read(folder / shard)
         return
     raise ValueError(f"{folder} has no model.safetensors and no pytorch_model.bin (nor the index "
-                     f"of its shards): expected a checkpoint folder")
+                     "of its shards): expected a checkpoint folder")
 
 
-def write_atomically(path: Path, chunks) -> None:
+def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
     """Write byte chunks to a temporary neighbour, sync it to the disk, then rename it to path.
 
     A crash at any moment leaves the old file or the new one, never a part of one.
@@ -531,28 +502,30 @@ def write_atomically(path: Path, chunks) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"could not write {path} ({error.strerror}): free some space or choose "
-                         f"another folder; what was there before is unchanged") from None
+                         "another folder; what was there before is unchanged") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, offset = {}, 0
+    header, end = {"__metadata__": {"format": "pt"}}, 0     # transformers looks for this mark
     # Widest type first: every tensor then starts at a multiple of its item size.
-    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.dtype.itemsize
+        start, end = end, end + tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, end]}
-        offset = end
-    # transformers looks for this mark of a PyTorch file.
-    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    chunks = (memoryview(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-              for t in tensors.values())
-    write_atomically(path, (part for chunk in ([struct.pack("<Q", len(text)), text], chunks)
-                            for part in chunk))
+
+    def chunks():
+        yield len(text).to_bytes(8, "little") + text
+        for tensor in tensors.values():
+            yield memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+    write_atomically(path, chunks())
 
 
 # -------------------------------------------------------------------- decoding on a CPU: few rows

@@ -1,0 +1,609 @@
+"""Claims about checkpoints: what the ecosystem writes loads here, and what we write loads there.
+
+The tests against transformers and safetensors need the extra `peers` and are skipped without it.
+
+    pytest tests/test_checkpoints.py
+"""
+import builtins
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as model_script
+from model import (DTYPES, Cache, ModelConfig, Transformer, read_config, read_safetensors, rope,
+                   write_atomically, write_safetensors)
+
+HEADS = {"MHA": {}, "grouped": {"num_key_value_heads": 2}, "tied": {"tie_word_embeddings": True},
+         "grouped-tied": {"num_key_value_heads": 2, "tie_word_embeddings": True}}
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    library = pytest.importorskip("transformers", reason="needs the extra `peers` (transformers)")
+    library.logging.set_verbosity_error()
+    return library
+
+
+def weights(model: Transformer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def assert_same(found: Transformer, wanted: Transformer) -> None:
+    assert found.config == wanted.config, "the config changed on its way through the folder"
+    mine, other = found.state_dict(), wanted.state_dict()
+    assert mine.keys() == other.keys()
+    for name in mine:
+        assert mine[name].dtype == other[name].dtype, f"{name} changed its type"
+        assert torch.equal(mine[name], other[name]), f"{name} changed on its way"
+
+
+def refusal(folder: Path) -> str:
+    """The one sentence with which a folder is refused."""
+    with pytest.raises(ValueError) as caught:
+        Transformer.from_pretrained(folder)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 2000, f"not one sentence: {message[:500]}"
+    return message
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def as_shards(folder: Path, suffix: str) -> list[str]:
+    """Replace a folder's model.safetensors by three shards and their index."""
+    tensors = {name: tensor.clone() for name, tensor in
+               read_safetensors(folder / "model.safetensors")}
+    (folder / "model.safetensors").unlink()
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    shards, weight_map = [f"{stem}-0000{i}-of-00003.{suffix}" for i in (1, 2, 3)], {}
+    for i, shard in enumerate(shards):
+        part = dict(list(tensors.items())[i::3])
+        weight_map |= dict.fromkeys(part, shard)
+        write_safetensors(folder / shard, part) if suffix == "safetensors" else torch.save(
+            part, folder / shard)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    return shards
+
+
+# ------------------------------------------------------------------------------------- config.json
+
+# As transformers 4.57 writes AMD-Llama-135m's and CodeLlama-7b's, and 5.23 the latter.
+V4 = {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+      "bos_token_id": 1, "eos_token_id": 2, "head_dim": 64, "hidden_act": "silu",
+      "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 2048,
+      "max_position_embeddings": 2048, "mlp_bias": False, "model_type": "llama",
+      "num_attention_heads": 12, "num_hidden_layers": 12, "num_key_value_heads": 12,
+      "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+      "tie_word_embeddings": False, "dtype": "bfloat16", "transformers_version": "4.57.6",
+      "use_cache": True, "vocab_size": 32000}
+CODE = {"head_dim": 128, "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32016,
+        "max_position_embeddings": 16384, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "rope_theta": 1000000}
+V5 = V4 | CODE | {"pad_token_id": None, "transformers_version": "5.23.0", "rope_parameters":
+                  {"rope_theta": 1000000.0, "rope_type": "default"}}
+del V5["rope_theta"], V5["rope_scaling"]
+
+
+@pytest.mark.parametrize("written, preset", [(V4, "amd-135m"), (V4 | CODE, "codellama-7b"),
+                                             (V5, "codellama-7b")])
+def test_published_configs_are_the_presets(tmp_path, written, preset):
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert read_config(tmp_path / "config.json") == model_script.PRESETS[preset]
+
+
+def test_absent_fields_have_transformers_defaults(tmp_path, transformers):
+    few = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+           "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(few | {"model_type": "llama"}))
+    ours, theirs = read_config(tmp_path / "config.json"), transformers.LlamaConfig(**few)
+    for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "bos_token_id",
+                 "eos_token_id", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), f"another default of {name}"
+
+
+@pytest.mark.parametrize("name, value", [
+    ("rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+    ("rope_type", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    ("partial_rotary_factor", {"rope_parameters": {"rope_theta": 1e4,
+                                                   "partial_rotary_factor": 0.5}}),
+    ("attention_bias", True), ("mlp_bias", True), ("model_type", "mistral"),
+    ("hidden_act", "gelu"), ("sliding_window", 4096), ("head_dim", 16),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4})])
+def test_what_is_not_computed_is_refused_by_name(tiny, tmp_path, name, value):
+    tiny().save_pretrained(tmp_path)
+    edit_config(tmp_path, **(value if isinstance(value, dict) and "rope_parameters" in value
+                             else {name: value}))
+    message = refusal(tmp_path)
+    assert name in message and "not supported" in message, f"{name} is not named: {message}"
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "is missing"), ("{", "not a JSON object"), ("[]", "a list"), ("{}", "lacks"),
+    ('{"model_type": "llama"}', "lacks hidden_size, intermediate_size"),
+    (json.dumps(V4 | {"num_key_value_heads": 5}), "multiple of num_key_value_heads 5"),
+    (json.dumps(V4 | {"hidden_size": "768"}), "hidden_size is '768'"),
+    (json.dumps(V4 | {"rms_norm_eps": float("nan")}), "rms_norm_eps nan")])
+def test_broken_configs_say_what_is_wrong(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    found = refusal(tmp_path)
+    assert message in found and "config.json" in found
+
+
+# ------------------------------------------------------------------------------------- the weights
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", HEADS)
+def test_what_is_saved_loads_bit_for_bit(tiny, tmp_path, heads, dtype):
+    model = tiny(dtype, bos_token_id=3, rope_theta=1e6, **HEADS[heads])
+    model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    loaded = Transformer.from_pretrained(tmp_path)
+    assert_same(loaded, model)
+    shared = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert shared == model.config.tie_word_embeddings, "a tied head must stay one parameter"
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    other = Transformer.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_same(other, model.float())
+
+
+@pytest.mark.parametrize("form", ["safetensors shards", "bin", "bin shards"])
+def test_every_form_of_weights_loads(tiny, tmp_path, form):
+    model = tiny(torch.bfloat16, num_key_value_heads=2)
+    model.save_pretrained(tmp_path)
+    if form == "bin":
+        torch.save(weights(model), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    else:
+        as_shards(tmp_path, form.split()[0])
+    assert_same(Transformer.from_pretrained(tmp_path), model)
+
+
+def test_redundant_tensors_of_old_checkpoints_are_passed_over(tiny, tmp_path):
+    model = tiny(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)}
+    torch.save(model.state_dict() | frequencies, tmp_path / "pytorch_model.bin")   # with lm_head
+    assert_same(Transformer.from_pretrained(tmp_path), model)
+
+
+def test_mixed_types_become_the_embeddings(tiny, tmp_path):
+    model = tiny(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    write_safetensors(tmp_path / "model.safetensors", {
+        name: tensor.float() if "norm" in name else tensor for name, tensor in
+        weights(model).items()})
+    loaded = Transformer.from_pretrained(tmp_path)
+    assert_same(loaded, model)
+    loaded(torch.tensor([[1, 2]]))      # one type throughout, or this would not run
+
+
+def test_missing_surplus_and_misshaped_tensors_stand_in_one_error(tiny, tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    tensors = weights(model)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(32, 48)
+    tensors["lm_head.weight"] = torch.zeros(61, 32, dtype=torch.int8)
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(48, 32)
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    message = refusal(tmp_path)
+    for part in ("missing model.norm.weight", "unexpected 'model.layers.2.mlp.up_proj.weight'",
+                 "model.layers.1.mlp.up_proj.weight is torch.float32 of shape (32, 48)",
+                 "shape (48, 32)", "lm_head.weight is torch.int8"):
+        assert part in message, f"{part!r} is not in: {message}"
+    edit_config(tmp_path, num_hidden_layers=100)
+    assert "more" in refusal(tmp_path), "hundreds of names do not belong in one sentence"
+
+
+def test_shards_that_do_not_fit_are_refused(tiny, tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    shards = as_shards(tmp_path, "safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    whole = (tmp_path / shards[1]).read_bytes()
+    (tmp_path / shards[1]).unlink()
+    assert f"{shards[1]!r} as a file of weights, which is not there" in refusal(tmp_path)
+    (tmp_path / shards[1]).write_bytes((tmp_path / shards[0]).read_bytes())     # twice the same
+    message = refusal(tmp_path)
+    assert "unexpected" in message and "missing" in message
+    (tmp_path / shards[1]).write_bytes(whole[:-4])
+    assert "not a valid safetensors file" in refusal(tmp_path)
+    outside = tmp_path.parent / "outside.safetensors"
+    outside.write_bytes(whole)
+    for name in ("../outside.safetensors", str(outside), "..", "", "a\0b", "a" * 300, 3, None):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        assert "not there" in refusal(tmp_path), f"the index may not name {name!r:.40}"
+    index.unlink()
+    assert "no model.safetensors and no pytorch_model.bin" in refusal(tmp_path)
+
+
+class Dangerous:
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+def test_a_pickle_may_hold_tensors_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    for content in (weights(model) | {"model.norm.weight": Dangerous()}, Dangerous(), [1, 2],
+                    weights(model) | {"model.norm.weight": 1.5}, {1: torch.ones(1)}):
+        torch.save(content, path)
+        assert "not a file of named tensors alone" in refusal(tmp_path)
+    assert not Path("it-ran").exists(), "loading a checkpoint ran code that came with it"
+    torch.save(weights(model), path)
+    whole = path.read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert "not a file of named tensors alone" in refusal(tmp_path), f"cut to {size} bytes"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_each_shard_is_opened_once(tiny, tmp_path, monkeypatch, suffix):
+    tiny(torch.bfloat16).save_pretrained(tmp_path)
+    shards, opened = as_shards(tmp_path, suffix), []
+    real = {"safetensors": builtins.open, "bin": torch.load}[suffix]
+
+    def spy(path, *args, **kwargs):
+        opened.append(Path(path).name if isinstance(path, (str, Path)) else path)
+        return real(path, *args, **kwargs)
+
+    if suffix == "bin":
+        monkeypatch.setattr(torch, "load", spy)
+    else:
+        monkeypatch.setattr(model_script, "open", spy, raising=False)
+    Transformer.from_pretrained(tmp_path)
+    assert sorted(opened) == shards, f"expected each shard once, opened {opened}"
+
+
+MEASURE = """
+import sys
+import torch
+from model import Transformer
+
+def status(key):        # in bytes
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status")
+                if line.startswith(key))
+
+before = status("VmRSS")
+model = Transformer.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+for parameter in model.parameters():        # a mapped page counts once it was read
+    parameter.detach().flatten()[::512].sum()
+print(status("VmHWM") - before, sum(p.nbytes for p in model.parameters()), "sympy" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+@pytest.mark.parametrize("suffix, dtype", [("safetensors", "bfloat16"), ("safetensors", "float32"),
+                                           ("bin", "bfloat16")])
+def test_loading_takes_the_memory_of_the_weights(tmp_path, suffix, dtype):
+    """CodeLlama-7b's proportions at a quarter of its width and depth: 235 MB in bf16."""
+    config = ModelConfig(vocab_size=8004, hidden_size=1024, intermediate_size=2752,
+                         num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8)
+    with torch.device("meta"):
+        names = Transformer(config).named_parameters()
+    write_safetensors(tmp_path / "model.safetensors", {
+        name: torch.ones(p.shape, dtype=torch.bfloat16) for name, p in names})
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config) | {"model_type": "llama"}))
+    as_shards(tmp_path, suffix)
+    result = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, dtype], text=True,
+                            capture_output=True, check=True,
+                            cwd=Path(model_script.__file__).parent)
+    peak, size = map(int, result.stdout.split()[:2])
+    assert 0.9 * size < peak < 1.1 * size, (
+        f"loading took {peak / size:.2f} times the memory of the weights")
+    assert result.stdout.split()[2] == "False", (
+        "loading imports sympy, for over a second: something draws numbers on the meta device")
+
+
+# ------------------------------------------------------------------------------------ safetensors
+
+def one_of_each_type() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"{name}.{shape}": torch.randint(0, 100, shape, generator=generator).to(dtype)
+            for name, dtype in DTYPES.items() for shape in ((), (3,), (2, 5), (1, 2, 3))}
+
+
+def assert_equal_tensors(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert (found[name].dtype, found[name].shape) == (wanted[name].dtype, wanted[name].shape)
+        assert torch.equal(found[name], wanted[name]), f"{name} came back with other values"
+
+
+def test_safetensors_reads_what_we_write_and_the_reverse(tmp_path):
+    library = pytest.importorskip("safetensors.torch",
+                                  reason="needs the extra `peers` (safetensors)")
+    tensors = one_of_each_type()
+    write_safetensors(tmp_path / "ours", tensors)
+    assert_equal_tensors(library.load_file(tmp_path / "ours"), tensors)
+    library.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt", "any": "thing"})
+    assert_equal_tensors(dict(read_safetensors(tmp_path / "theirs")), tensors)
+
+
+@pytest.mark.parametrize("spaces", range(9))
+def test_a_header_of_any_length_is_read(tmp_path, spaces):
+    """Data that is out of alignment is legal, though no known writer makes it."""
+    tensors = one_of_each_type()
+    write_safetensors(tmp_path / "file", tensors)
+    blob = (tmp_path / "file").read_bytes()
+    n = int.from_bytes(blob[:8], "little")
+    (tmp_path / "file").write_bytes((n + spaces).to_bytes(8, "little") + blob[8:8 + n]
+                                    + b" " * spaces + blob[8 + n:])
+    assert_equal_tensors(dict(read_safetensors(tmp_path / "file")), tensors)
+
+
+def test_changing_a_loaded_model_leaves_its_file_alone(tiny, tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in Transformer.from_pretrained(tmp_path).parameters():
+            parameter.zero_()
+    assert_same(Transformer.from_pretrained(tmp_path), model)
+
+
+def test_a_model_can_be_saved_over_the_file_it_is_mapped_from(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    model = Transformer.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.model["norm"].weight.add_(1)
+    model.save_pretrained(tmp_path)
+    assert_same(Transformer.from_pretrained(tmp_path), model)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, [b"old"])
+
+    def killed():
+        yield b"ne"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, killed())
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left on device"):
+        write_atomically(path, [b"new"])
+    assert path.read_bytes() == b"old", "a failed write harmed the file that was there"
+    assert os.listdir(tmp_path) == ["file"], "a failed write left its temporary file behind"
+
+
+# -------------------------------------------------------------------------------- tampered folders
+
+INDEX = "model.safetensors.index.json"
+LONG, DEEP = "<a number of 5000 digits>", "<a list within lists>"      # json.dumps makes neither
+JUNK = [None, True, False, 0, 1, -1, 2, 7, 1.5, 1e308, float("nan"), float("inf"), 2**31, 2**63,
+        2**64, 10**400, "", "x" * 100_000, "F32", "F8_E4M3", "BOOL", "\ud800", "a\nb", [], {},
+        [0], [0, 0], [0, 1, 2], [2**40, 2**40], [-1, -1], [0, 2**62], ["a"], [None], {"a": 1},
+        {"rope_type": "linear"}, [[]], LONG, DEEP]
+
+
+def dump(value, rng: random.Random) -> bytes:
+    depth = rng.choice([50, 500, *range(900, 1000), 5000, 200_000])
+    return (json.dumps(value).replace(json.dumps(LONG), "9" * 5000)
+            .replace(json.dumps(DEEP), "[" * depth + "]" * depth).encode())
+
+
+def flip(blob: bytes, rng: random.Random, end: int) -> bytes:
+    changed = bytearray(blob)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        changed[rng.randrange(min(end, len(blob)))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def tamper_json(blob: bytes, rng: random.Random) -> bytes:
+    kind = rng.choice(["cut", "flip", "field", "field", "field", "drop", "nest"])
+    if kind == "cut":
+        return blob[:rng.randrange(len(blob))]
+    if kind == "flip":
+        return flip(blob, rng, len(blob))
+    value = json.loads(blob)
+    if kind == "nest":
+        return dump(rng.choice([DEEP, {"a": DEEP}, LONG, *JUNK]), rng)
+    name = rng.choice([*value, "rope_parameters", "rope_scaling", "head_dim"])
+    value.pop(name, None)
+    if kind == "field":
+        value[name] = rng.choice(JUNK)
+    return dump(value, rng)
+
+
+def tamper_safetensors(blob: bytes, rng: random.Random) -> bytes:
+    n = int.from_bytes(blob[:8], "little")
+    text, data = blob[8:8 + n], blob[8 + n:]
+    kind = rng.choice(["cut", "grow", "flip", "flip", "length", "json", "dtype", "shape", "offset",
+                       "offset", "overlap", "junk", "junk"])
+    if kind == "cut":
+        return blob[:rng.choice([rng.randrange(16), rng.randrange(n + 8), rng.randrange(len(blob)),
+                                 len(blob) - 1])]
+    if kind == "grow":
+        return blob + rng.randbytes(rng.choice([1, 8, 5000]))
+    if kind == "flip":
+        return flip(blob, rng, rng.choice([8, 8 + n, len(blob)]))
+    if kind == "length":
+        claimed = rng.choice([0, 1, n - 1, n + 1, len(blob) - 8, len(blob), 10**8, 10**8 + 1,
+                              2**31, 2**63, 2**64 - 1])
+        return claimed.to_bytes(8, "little") + blob[8:]
+    if kind == "json":
+        text = tamper_json(text, rng)
+        return len(text).to_bytes(8, "little") + text + data
+    header = json.loads(text)
+    name = rng.choice([*header])
+    entry = header[name]
+    if kind == "dtype":
+        entry["dtype"] = rng.choice([*DTYPES, "F8_E4M3", "f32", 3])
+    elif kind == "shape":
+        entry["shape"] = rng.choice([[n for n in entry.get("shape", [])][::-1], [0], [], [1] * 1000,
+                                     [2**62, 4], entry.get("shape", []) + [0], *JUNK])
+    elif kind == "offset":
+        offsets = list(entry.get("data_offsets", [0, 0]))
+        offsets[rng.randrange(2)] += rng.choice([-1, 1, 2, 64, -64, len(data), 2**40, 10**30])
+        entry["data_offsets"] = offsets
+    elif kind == "overlap":
+        entry["data_offsets"] = header[rng.choice([*header])].get("data_offsets")
+    else:
+        (entry if rng.random() < 0.5 else header)[rng.choice([*entry])] = rng.choice(JUNK)
+    text = dump(header, rng)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@contextmanager
+def bounded_memory(extra: int = 2**29):
+    """No more than half a gigabyte may be allocated within, where Linux does the counting."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + extra, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("file, tamper", [("model.safetensors", tamper_safetensors),
+                                          ("config.json", tamper_json), (INDEX, tamper_json)])
+def test_tampered_files_load_or_give_one_sentence(tiny, tmp_path, file, tamper, count):
+    tiny(torch.float32, vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+         num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path)
+    if file == INDEX:
+        as_shards(tmp_path, "safetensors")
+    whole, loaded, refused = (tmp_path / file).read_bytes(), 0, 0
+    for seed in range(count):
+        (tmp_path / file).write_bytes(tamper(whole, random.Random(seed)))
+        try:
+            with bounded_memory():
+                Transformer.from_pretrained(tmp_path)
+            loaded += 1
+        except ValueError as error:
+            message = str(error)
+            assert "\n" not in message and len(message) < 2000, f"seed {seed}: {message[:300]}"
+            refused += 1
+        except BaseException as error:
+            raise AssertionError(f"{file} tampered with by seed {seed}: expected a ValueError, got "
+                                 f"{type(error).__name__}") from error
+    # Some changes harm nothing (a flipped weight, a field that is not ours); most must be seen.
+    assert loaded > count / 50 and refused > count / 2, f"{loaded} loaded, {refused} refused"
+
+
+# ------------------------------------------------------------------------------------ transformers
+
+def peer(transformers, dtype: torch.dtype, rope_theta: float, **changes):
+    """A random model of transformers, its weights large enough for every term to count."""
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, **{"num_key_value_heads": 4} | changes, bos_token_id=None,
+        eos_token_id=None, max_position_embeddings=256, rms_norm_eps=1e-5, use_cache=True,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta})
+    theirs = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.normal_(float("norm" in name), 0.15, generator=generator)
+    return theirs
+
+
+@pytest.mark.parametrize("rope_theta", [1e4, 1e6])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_logits_equal_transformers(transformers, tmp_path, monkeypatch, heads, rope_theta, dtype,
+                                   tolerance):
+    theirs = peer(transformers, dtype, rope_theta, **HEADS[heads])
+    theirs.save_pretrained(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path)
+    assert ours.dtype == dtype
+    if dtype == torch.float64:
+        # transformers computes RoPE's angles and RMSNorm in float32 whatever the model's type is,
+        # which alone is 1e-5 off. To compare all the rest to 1e-10, both are lent a float64 form.
+        from transformers.models.llama import modeling_llama as llama
+
+        def angles(self, x, position_ids):
+            exponents = torch.arange(0, 16, 2, dtype=torch.float64) / 16
+            half = position_ids[..., None] * rope_theta ** -exponents
+            return torch.cat((half, half), -1).cos(), torch.cat((half, half), -1).sin()
+
+        monkeypatch.setattr(llama.LlamaRotaryEmbedding, "forward", angles)
+        monkeypatch.setattr(llama.LlamaRMSNorm, "forward", lambda self, x: self.weight * x / (
+            x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt())
+    tokens = torch.randint(97, (2, 256), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = theirs(tokens).logits          # 256 positions are the full context
+        error = float((ours(tokens) - wanted).abs().max())
+    assert wanted.std() > 0.3, "logits this small would agree by themselves"
+    assert error < tolerance, f"{heads}, base {rope_theta:g}: logits are {error:.1e} off"
+
+
+@pytest.mark.parametrize("rope_theta", [1e4, 1e6])
+def test_rope_equals_transformers_bit_for_bit(transformers, rope_theta):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=2, max_position_embeddings=16384,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta}))
+    config = ModelConfig(hidden_size=256, num_attention_heads=2, num_key_value_heads=2,
+                         rope_theta=rope_theta)
+    positions = torch.arange(16384)[None]       # CodeLlama's whole context
+    for dtype in (torch.float32, torch.bfloat16):
+        cos, sin = rope(positions, config, dtype)
+        sin = sin * torch.tensor([-1, 1]).repeat_interleave(64).to(dtype)   # ours has the signs in
+        for ours, other in zip((cos, sin), theirs(torch.zeros(1, dtype=dtype), positions)):
+            assert torch.equal(ours[:, 0], other), "at high positions 1 ulp of angle is a lot"
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_transformers_opens_what_we_save_and_decodes_alike(transformers, tiny, tmp_path, heads):
+    model = tiny(torch.float32, rope_theta=1e6, **HEADS[heads])
+    model.save_pretrained(tmp_path)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype="auto", output_loading_info=True)
+    assert not any(report.values()), f"transformers found fault with our folder: {report}"
+    assert theirs.dtype == torch.float32
+    for length in (1, 5):
+        tokens = prompt = torch.arange(length)[None] + 7
+        cache = Cache(model.config, 1, 60, dtype=torch.float32)
+        with torch.no_grad():
+            wanted = theirs.generate(prompt, max_new_tokens=40, do_sample=False,
+                                     attention_mask=torch.ones_like(prompt))
+            while tokens.shape[1] < length + 40:
+                following = model(tokens[:, int(cache.position):], cache)[:, -1:].argmax(-1)
+                tokens = torch.cat((tokens, following), 1)
+        assert tokens.tolist() == wanted.tolist(), "greedy decoding differs from transformers'"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shards", [False, True])
+def test_folders_of_transformers_load(transformers, tmp_path, dtype, shards):
+    theirs = peer(transformers, dtype, 1e6, num_key_value_heads=2)
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB" if shards else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == shards
+    ours = Transformer.from_pretrained(tmp_path)
+    assert ours.config.rope_theta == 1e6 and ours.dtype == dtype
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), f"{name} differs"
+    ours.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
+    assert again.dtype == dtype and again.config.rope_parameters["rope_theta"] == 1e6
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], tensor), f"{name} differs after a round trip"
