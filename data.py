@@ -2,24 +2,25 @@
 
 The pipeline, in the order of this file:
 
-    documents --train_bpe--> Tokenizer --prepare--> folder of token shards --Loader--> (B, T + 1)
+    texts --train_bpe--> Tokenizer --prepare--> folder of token shards --Loader--> (B, T + 1)
 
-1.  A `Tokenizer` is a tiktoken `Encoding` with the bytes that each id stands for. `train_bpe` makes
-    one from text by byte-pair encoding; `load_tokenizer` reads a file.
-2.  A *source* is a named stream of documents: files and folders of your own, or the Python that runs
-    this script, whose docstrings ("general") and sources ("code") are a corpus without a download.
+1.  A `Tokenizer` is a tiktoken `Encoding` plus the bytes that each id stands for. `train_bpe` makes
+    one by byte-pair encoding; `load_tokenizer` reads one, Llama-2's SentencePiece model included.
+2.  A *source* is a named stream of documents: files of your own, a Hub data set, or the Python that
+    runs this script: its docstrings ("general") and sources ("code") need no download.
 3.  `prepare` writes each document's tokens and one end-of-text token into shards, on all cores.
     A hash of the document decides whether it trains or validates.
-4.  `Loader.batch(step, rank, world)` is a pure function. Nothing is stored about the position in
-    the data, so resuming is asking for the next step, and any number of ranks sees the same rows.
+4.  `Loader.batch(step, rank, world)` is a pure function. No position in the data is stored, so
+    resuming is asking for the next step, and any number of ranks sees the same rows.
 
-Letters: B rows of a batch, T tokens of a row, V entries of the vocabulary, N blocks of an epoch.
+Letters: B rows of a batch, T tokens of a row, V entries of the vocabulary.
 
     python data.py train-tokenizer --source general --source code --vocab-size 4096 --out out/bpe
     python data.py prepare --source code --source mine=~/texts --tokenizer out/bpe --out out/data
 
-References: Sennrich et al. 2016 (byte-pair encoding, arXiv:1508.07909); Radford et al. 2019 (on
-bytes: GPT-2); Luby and Rackoff 1988 (a Feistel network of random functions is a permutation).
+References: Sennrich et al. 2016 (byte-pair encoding, arXiv:1508.07909); Radford et al. 2019 (GPT-2:
+over bytes); Kudo and Richardson 2018 (SentencePiece, arXiv:1808.06226); Luby and Rackoff 1988 (a
+Feistel network is a permutation); Liu and Layland 1973 (earliest deadline first).
 """
 
 import argparse
@@ -34,10 +35,12 @@ import importlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
 import signal
+import struct
 import sys
 import sysconfig
 import threading
@@ -46,16 +49,13 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import regex  # tiktoken depends on it: the same syntax of patterns, \p{L} included
 import tiktoken
-
-# ---------------------------------------------------------------------------------------------
-# Files that are whole or not there
-# ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -71,14 +71,12 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"no room to write {path} ({error.strerror}); what was finished before "
-                          "is kept: free some space and run the same command again") from error
+            raise OSError(f"no room to write {path} ({error.strerror}): free some space and run "
+                          "the same command again; what was finished before is kept") from None
         raise
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizer
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- tokenizers
 
 END = "<|endoftext|>"
 
@@ -97,21 +95,22 @@ PATTERN = "|".join((
 class Tokenizer:
     """A byte-level BPE vocabulary in tiktoken.
 
-    encoding: the tiktoken.Encoding; n_vocab: V; eos_id, bos_id: ids of the special tokens (bos_id
-    is None if there is none); pieces: the bytes that each id stands for (special tokens: none).
+    encoding: the tiktoken.Encoding; n_vocab: V; eos_id and bos_id: special tokens (bos_id is None
+    if there is none); pieces: the bytes that each id stands for, none for special tokens.
     """
 
-    bos_id: int | None = None
-
-    def __init__(self, tokens: list[bytes]):
-        """tokens: all but END, in the order of their ranks, the 256 single bytes first."""
-        self.pieces = tokens + [b""]
-        self.n_vocab = len(self.pieces)
-        self.eos_id = self.n_vocab - 1
+    def __init__(self, ranks: list[bytes], pattern: str = PATTERN):
+        """ranks: all byte strings that merging makes, in its order; the 256 single bytes first."""
+        self.ranks = {token: rank for rank, token in enumerate(ranks)}
+        self.pieces = [*ranks, b""]                         # the last is END
+        self.eos_id, self.bos_id = len(ranks), None
         # Built by hand: tiktoken.get_encoding would ask the network for its own vocabularies.
-        self.encoding = tiktoken.Encoding(
-            "bpe", pat_str=PATTERN, mergeable_ranks={t: i for i, t in enumerate(tokens)},
-            special_tokens={END: self.eos_id})
+        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=self.ranks,
+                                          special_tokens={END: len(ranks)})
+
+    @property
+    def n_vocab(self) -> int:
+        return len(self.pieces)
 
     def encode(self, text: str) -> list[int]:
         """Special tokens that stand in the text are text; nothing is added before or after."""
@@ -131,14 +130,26 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The vocabulary's identity: equal hashes encode every text to equal ids."""
-        lines = [PATTERN.encode(), *map(base64.b64encode, self.pieces)]
-        return hashlib.sha256(b"\n".join(lines)).hexdigest()
+        """The vocabulary's identity: with equal hashes, every text has equal ids."""
+        facts = [self.encoding._pat_str, *map(bytes.hex, [*self.ranks, b"", *self.pieces])]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def files(self) -> dict[str, bytes]:
-        """The files, by name, that bring this tokenizer back."""
-        lines = [base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(self.pieces[:-1])]
-        return {"tokenizer.tiktoken": b"".join(lines)}
+        """The files, by name, that bring this tokenizer back: here and, the .json, elsewhere."""
+        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
+        # GPT-2's alphabet: JSON has no bytes, so 256 printable characters stand for them.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = (b for b in range(256) if b not in printable)
+        alphabet = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+        names = {"".join(alphabet[b] for b in token): rank for token, rank in self.ranks.items()}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+                      "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
+                 "invert": False}
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+        return {"tokenizer.tiktoken": b"".join(lines)} | hugging_face_files(
+            names | {END: self.eos_id}, names, {END: True},
+            {"pre_tokenizer": pre_tokenizer, "decoder": byte_level}, eos_token=END)
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into a folder, each one whole or not at all."""
@@ -148,38 +159,45 @@ class Tokenizer:
                 file.write(content)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer's file, or the one in a folder."""
-    path = Path(path)
-    if path.is_dir():
-        names = ("tokenizer.tiktoken",)
-        found = [path / name for name in names if (path / name).exists()]
-        if not found:
-            raise ValueError(f"{path} holds no tokenizer; expected {' or '.join(names)} in it")
-        path = found[0]
-    elif not path.exists():
-        raise ValueError(f"there is no tokenizer {path}; make one: python data.py train-tokenizer")
-    tokens = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            token, rank = line.split()
-            tokens.append(base64.b64decode(token, validate=True))
-            if int(rank) != number - 1:
-                raise ValueError("ranks are not 0, 1, 2, ...")
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not BASE64 RANK ({error})") from None
-    if tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens):
-        raise ValueError(f"{path} does not list the 256 bytes first and every token once")
-    return Tokenizer(tokens)
+def hugging_face_files(vocab: dict[str, int], ranks: dict[str, int], added: dict[str, bool],
+                       parts: dict[str, Any], **roles: str) -> dict[str, bytes]:
+    """tokenizer.json and its config, for transformers' AutoTokenizer.
+
+    ranks: the order of merging; added: tokens that are not made by merging -> are they special?
+
+    It wants the pairs that were merged, in order. They are found again by merging each token's own
+    characters with the ranks below its own: the last two parts are the pair.
+    """
+    merges = []
+    for name, rank in ranks.items():
+        pair = list(name)
+        while len(pair) > 2:
+            i = min(range(len(pair) - 1), key=lambda i: ranks.get(pair[i] + pair[i + 1], rank))
+            pair[i:i + 2] = [pair[i] + pair[i + 1]]
+        if len(pair) == 2:
+            merges.append(pair)
+    added_tokens = [{"id": vocab[name], "content": name, "special": special, "normalized": False,
+                     "single_word": False, "lstrip": False, "rstrip": False}
+                    for name, special in added.items()]
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": "<0x00>" in vocab,
+             "vocab": vocab, "merges": merges}
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+                 "pre_tokenizer": None, "post_processor": None, "added_tokens": added_tokens,
+                 "model": model, **parts}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles,
+              "clean_up_tokenization_spaces": False}
+    return {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False).encode(),
+            "tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-pair encoding: join the most frequent pair of neighbours, over and over.
 
-    vocab_size counts the 256 bytes, the merges and END. Of pairs that are equally frequent, the
-    one with the lexicographically greater byte strings is joined first. Every pre-token is kept
-    once with its frequency, and a merge recounts only the words that hold the pair: 4096 entries
-    from 11 MB take seconds, where the naive loop takes hours.
+    vocab_size counts the 256 bytes, the merges and END. Of equally frequent pairs, the one with the
+    lexicographically greater byte strings is joined. Each pre-token is kept once, with its
+    frequency, and a merge recounts only those that hold the pair: 4096 entries from 12 MB of text
+    take seconds, where the naive loop would take hours.
     """
     if vocab_size < 257:
         raise ValueError(f"a vocabulary of {vocab_size} cannot hold the 256 bytes and {END}")
@@ -189,14 +207,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokens = [bytes([b]) for b in range(256)]
 
     counts: Counter = Counter()                             # pair -> how often
-    where = defaultdict(set)                                # pair -> words that hold(held) it
+    where = defaultdict(set)                                # pair -> words that hold (or held) it
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             counts[pair] += times[i]
             where[pair].add(i)
 
-    # heapq pops the least entry. So counts are negated, and a byte string becomes characters that
-    # sort the other way: 255 - byte, then an end mark above all of them (a prefix sorts last).
+    # A heap pops its least entry. So counts are negated, and a byte string becomes characters that
+    # sort the other way: 255 - byte, then a mark above all of them, so that a prefix comes last.
     flip = bytes(range(255, -1, -1))
 
     def entry(pair: tuple[int, int]) -> tuple:
@@ -210,8 +228,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             raise ValueError(f"the text yields a vocabulary of {len(tokens) + 1} entries, not the "
                              f"{vocab_size} asked for: add text or ask for fewer")
         count, _, _, pair = heapq.heappop(heap)
-        if count != -counts[pair] or count == 0:
-            continue                                        # an entry that a merge made stale
+        if count == 0 or count != -counts[pair]:
+            continue                                        # a later count is in the heap too
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         change: Counter = Counter()
@@ -234,16 +252,218 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(tokens)
 
 
-# ---------------------------------------------------------------------------------------------
-# Documents
-# ---------------------------------------------------------------------------------------------
+SPACE = "\u2581"                                            # SentencePiece's visible space
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)    # its types of pieces
 
-SUFFIXES = (".txt", ".py", ".jsonl")
+
+class SentencePiece(Tokenizer):
+    """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken.
+
+    SentencePiece merges characters, the best score first, and spells what it does not know in
+    bytes; tiktoken merges bytes, the lowest rank first. They agree when the ranks are, in order:
+    the 256 bytes; the first bytes of the vocabulary's multi-byte characters; those characters; the
+    other pieces by score. Runs of SPACE share one score in Llama-2, and SentencePiece then merges
+    leftmost first, which is what longest first gives. Last, ranks become ids.
+    """
+
+    def __init__(self, pieces: list[tuple[str, float, int]], bos: int | None, eos: int,
+                 model: bytes | None = None):
+        """pieces: (text, score, type) by id; model: the tokenizer.model file, to save it again."""
+        self.vocabulary, self.model = pieces, model
+        ids = {kind: {text: i for i, (text, _, k) in enumerate(pieces) if k == kind}
+               for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE)}
+        normal, spelled = ids[NORMAL], {int(text[3:5], 16): i for text, i in ids[BYTE].items()}
+        if len(spelled) < 256 or not 0 <= eos < len(pieces):
+            raise ValueError("the vocabulary has no 256 byte pieces (byte fallback), or no EOS")
+        if crossing := [text for text in normal if SPACE in text.lstrip(SPACE)]:
+            raise ValueError(f"pieces with a space after another character, as {crossing[0]!r}, "
+                             "are not supported")
+        characters = sorted(text.encode() for text in normal if len(text) == 1)
+        starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
+        ranks = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:])]
+        merged = sorted((text for text in normal if len(text) > 1),
+                        key=lambda text: (-pieces[normal[text]][1], -len(text)))
+        # No piece has SPACE after another character, so no merge crosses the border before it.
+        pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
+        # tiktoken looks a whole pre-token up before it merges, and so finds even a piece that no
+        # merges lead to. Such pieces (with a NUL behind them they fall apart) get no rank.
+        trial = tiktoken.Encoding("trial", pat_str=pattern, special_tokens={}, mergeable_ranks={
+            token: i for i, token in enumerate(ranks + [text.encode() for text in merged])})
+        self.merged = [text for i, text in enumerate(merged, len(ranks))
+                       if trial.encode_ordinary(text + "\0") == [i, 0]]
+        super().__init__(ranks + [text.encode() for text in self.merged], pattern)
+
+        self.bos_id, self.eos_id = bos, eos
+        self.pieces = [b"" if kind in (UNKNOWN, CONTROL) else bytes([int(text[3:5], 16)])
+                       if kind == BYTE else text.replace(SPACE, " ").encode()
+                       for text, _, kind in pieces]
+        of_piece = {text.encode(): (i,) for text, i in normal.items()}
+        self.ids = [of_piece.get(token) or tuple(spelled[b] for b in token) for token in self.ranks]
+        # User-defined pieces are cut out of the text before merging, the longest first.
+        self.fixed = ids[USER_DEFINED]
+        longest_first = sorted(self.fixed, key=len, reverse=True)
+        self.cut = re.compile("(%s)" % "|".join(map(re.escape, longest_first)))
+        self.added = {text: text not in self.fixed
+                      for kind in (UNKNOWN, CONTROL, USER_DEFINED) for text in ids[kind]}
+
+    def encode(self, text: str) -> list[int]:
+        if not text:
+            return []
+        text = SPACE + text.replace(" ", SPACE)
+        ids: list[int] = []
+        for part in self.cut.split(text) if self.fixed else [text]:
+            if part in self.fixed:
+                ids.append(self.fixed[part])
+            else:
+                ranks = self.encoding.encode_ordinary(part)
+                ids += itertools.chain.from_iterable(map(self.ids.__getitem__, ranks))
+        return ids
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The text's bytes, without the space that encode puts in front."""
+        tokens = [token for token in tokens if self.pieces[token]]
+        text = super().decode_bytes(tokens)
+        return text[1:] if tokens and self.vocabulary[tokens[0]][0].startswith(SPACE) else text
+
+    def files(self) -> dict[str, bytes]:
+        vocab = {text: i for i, (text, _, _) in enumerate(self.vocabulary)}
+        decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                    {"type": "ByteFallback"}, {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return ({"tokenizer.model": self.model} if self.model else {}) | hugging_face_files(
+            vocab, {text: rank for rank, text in enumerate(self.merged)}, self.added,
+            {"decoder": {"type": "Sequence", "decoders": decoders},
+             "normalizer": {"type": "Sequence", "normalizers": [
+                 {"type": "Prepend", "prepend": SPACE},
+                 {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]}},
+            **{role: self.vocabulary[i][0] for role, i in roles.items() if i is not None})
+
+
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of a protobuf message: an integer, or the bytes of anything else."""
+    at = 0
+
+    def varint() -> int:                                    # 7 bits a byte, the lowest first
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}.get(wire_type) or varint()
+        if wire_type not in (1, 2, 5) or at + size > len(message):
+            raise ValueError("damaged protobuf")
+        yield number, message[at:at + size]
+        at += size
+
+
+def read_sentencepiece(model: bytes) -> SentencePiece:
+    """Read a tokenizer.model: sentencepiece_model.proto's ModelProto, as far as it matters here."""
+    pieces, trainer, normalizer = [], {}, {}
+    for number, value in protobuf_fields(model):
+        if number == 1:                                     # pieces: 1 text, 2 score, 3 type
+            piece = dict(protobuf_fields(value))
+            score, = struct.unpack("<f", piece.get(2, bytes(4)))
+            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
+        elif number == 2:
+            trainer = dict(protobuf_fields(value))
+        elif number == 3:
+            normalizer = dict(protobuf_fields(value))
+    unsupported = {
+        "a model other than BPE": trainer.get(3, 1) != 2,
+        "no byte fallback": not trainer.get(35),
+        "spaces as suffixes": trainer.get(24),
+        "normalization rules": normalizer.get(2),
+        "no space put in front": not normalizer.get(3, 1),
+        "removal of extra spaces": normalizer.get(4, 1),
+        "spaces that are not escaped": not normalizer.get(5, 1),
+        "unused pieces": any(kind == UNUSED for _, _, kind in pieces),
+    }
+    if found := [name for name, present in unsupported.items() if present]:
+        raise ValueError(f"not supported: {', '.join(found)}")
+    bos, eos = trainer.get(41, 1), trainer.get(42, 2)
+    return SentencePiece(pieces, bos if bos < len(pieces) else None, eos, model)
+
+
+def read_tokenizer_json(content: bytes) -> SentencePiece:
+    """Read a tokenizer.json of Llama-2's family, where merges have an order instead of scores."""
+    tokenizer = json.loads(content)
+    model, merges = tokenizer["model"], tokenizer["model"]["merges"]
+    before = json.dumps([tokenizer["normalizer"], tokenizer["pre_tokenizer"]])
+    if not model["byte_fallback"] or not re.search('"(Prepend|first|always)"', before):
+        raise ValueError("not of Llama-2's family: no byte fallback, or no space put in front")
+    # In Llama-2 itself, runs of SPACE have the lowest score. transformers 5 forgets that when it
+    # converts a tokenizer.model, and splits "a  b" otherwise than the models have learnt.
+    llama2 = [model["vocab"].get(text) for text in (2 * SPACE, SPACE + "t")] == [259, 260]
+    scores: dict[str, float] = {}
+    for i, merge in enumerate(merges):                      # "a b" in old files, ["a", "b"] in new
+        text = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        scores.setdefault(text, -math.inf if llama2 and not text.strip(SPACE) else -i)
+    added = {token["content"]: token for token in tokenizer["added_tokens"]}
+    vocab = model["vocab"] | {text: token["id"] for text, token in added.items()}
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError("its ids are not 0, 1, 2, ...")
+
+    def kind(text: str) -> int:
+        if text in added:
+            return CONTROL if added[text]["special"] else USER_DEFINED
+        if re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return BYTE
+        return NORMAL if len(text) == 1 or text in scores else UNUSED
+
+    pieces = [(text, scores.get(text, 0), kind(text)) for text in sorted(vocab, key=vocab.get)]
+    return SentencePiece(pieces, vocab.get("<s>"), vocab["</s>"])
+
+
+def read_tiktoken(content: bytes) -> Tokenizer:
+    """Read a .tiktoken file: lines of a token in base64 and its rank."""
+    tokens = []
+    for number, line in enumerate(content.splitlines()):
+        token, rank = line.split()
+        tokens.append(base64.b64decode(token, validate=True))
+        if int(rank) != number:
+            raise ValueError(f"rank {int(rank)} is on line {number + 1}")
+    if tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens):
+        raise ValueError("it does not list the 256 bytes first and every token once")
+    return Tokenizer(tokens)
+
+
+READERS = {"tokenizer.tiktoken": read_tiktoken, "tokenizer.model": read_sentencepiece,
+           "tokenizer.json": read_tokenizer_json}           # the first that a folder has is taken
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer's file, or the one in a folder."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = next((path / name for name in READERS if (path / name).exists()), path)
+    read = next((READERS[name] for name in READERS if path.suffix == Path(name).suffix), None)
+    if not path.is_file() or not read:
+        raise ValueError(f"{path} is no tokenizer: expected {', '.join(READERS)}, or a folder with "
+                         "one of them (python data.py train-tokenizer makes one)")
+    try:
+        return read(path.read_bytes())
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error,
+            RecursionError) as error:
+        raise ValueError(f"{path} cannot be used as a tokenizer: {error!r}") from None
+
+
+# --------------------------------------------------------------------------------- documents
+
+PLAIN, ROWS = (".txt", ".py"), (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PIECE = 1 << 28                     # bytes of input files that are one piece of work
-NOT_CODE = {                        # folders of the standard library's folder that are left out:
-    "site-packages", "dist-packages",                       # not the standard library
-    "test", "tests", "idle_test",                           # tests and their broken examples
-    "encodings", "pydoc_data",                              # tables, and the topics: see below
+NOT_CODE = {                        # folders in the standard library's that are left out:
+    "site-packages", "dist-packages",                       # other people's
+    "test", "tests", "idle_test",                           # tests, with broken examples
+    "encodings", "pydoc_data",                              # tables; the topics are read below
 }
 
 
@@ -252,15 +472,15 @@ class Record(NamedTuple):
 
     file: str                       # where it is from, for messages
     line: int
-    row: dict | bytes               # fields, or a line of JSON still to be parsed
+    row: dict[str, Any] | bytes     # fields, or a line of JSON still to be parsed
     read: int = 0                   # bytes of the file that it took, for the progress line
-    key: str | None = None          # what decides its split; None: its text
+    key: str = ""                   # what decides its split, if not its text
 
 
 def library_files() -> Iterator[tuple[str, str]]:
     """Yield (name, source) of the running Python's standard library; nothing is imported."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.as_posix()):
+    for path in sorted(library.rglob("*.py"), key=Path.as_posix):
         name = path.relative_to(library)
         if not NOT_CODE.intersection(name.parts) and not name.name.startswith("_sysconfigdata"):
             yield name.as_posix(), path.read_text("utf-8", errors="replace")
@@ -275,54 +495,69 @@ def code() -> Iterator[Record]:
 def general() -> Iterator[Record]:
     """The built-in corpus of English, about 2 MB: a module's docstrings make one document.
 
-    Its key is the module's name, as in `code`: a module that validates does so in both, and no
+    Its key is the module's name, as in `code`: a module that is held out is so in both, so that no
     held-out source has its docstrings in the training text.
     """
-    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for name, source in library_files():
-        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, with_docstring)]
+        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
         docstrings = [text for node in nodes if (text := ast.get_docstring(node))]
         yield Record(name, 1, {"text": "\n\n".join(docstrings)}, key=name)
     topics = Path(sysconfig.get_paths()["stdlib"], "pydoc_data", "topics.py")
-    if topics.exists():             # what help("assert") shows: a dict {topic: text} in a source
-        assignment = ast.parse(topics.read_bytes()).body[0]
-        for topic, text in ast.literal_eval(assignment.value).items():
+    if topics.exists():             # what help("assert") shows: one dict, {topic: text}
+        for topic, text in ast.literal_eval(ast.parse(topics.read_bytes()).body[0].value).items():
             yield Record(f"topic {topic}", 1, {"text": text}, key=f"topic {topic}")
 
 
-BUILT_IN: dict[str, Callable[[], Iterator[Record]]] = {"general": general, "code": code}
+BUILT_IN = {"general": general, "code": code}
+
+# AMD's corpora on the Hub, with the folder to take, if not all, and the rows that AMD left out.
+READY = {"slimpajama": "hub:cerebras/SlimPajama-627B", "gutenberg": "hub:manu/project_gutenberg",
+         "starcoder-python": "hub:bigcode/starcoderdata"}
+FOLDER = {"starcoder-python": "python"}
+LEFT_OUT = {"slimpajama": lambda row: row["meta"]["redpajama_set_name"] == "RedPajamaBook"}
+
+
+def optional(module: str) -> Any:
+    """Import what only some sources need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"it needs {module.partition('.')[0]}: pip install -e '.[hub]'") from None
 
 
 class Source(NamedTuple):
     name: str
-    place: str                      # a path, or "" for a built-in source
+    place: str                      # a path, hub:DATASET, or "" for a built-in source
 
     @classmethod
     def parse(cls, text: str) -> "Source":
-        """Read NAME=PATH, or the NAME of a built-in source."""
+        """Read NAME=PATH, NAME=hub:DATASET, or the NAME of a built-in or ready-made source."""
         name, _, place = text.partition("=")
+        place = place or READY.get(name, "")
         if not re.fullmatch(r"\w[\w.-]*", name) or not (place or name in BUILT_IN):
-            raise ValueError(f"source {text!r} is neither NAME=PATH nor {' or '.join(BUILT_IN)}")
+            raise ValueError(f"source {text!r} is neither NAME=PATH nor one of "
+                             f"{', '.join([*BUILT_IN, *READY])}")
         return cls(name, place)
 
-    def inputs(self) -> list[tuple[str, int]]:
-        """The files of the source with their sizes, in an order that depends on nothing else."""
+    def files(self) -> list[tuple[str, int]]:
+        """The source's files with their sizes, in an order that depends on nothing else."""
         if not self.place:
             return [(f"Python {sys.version}", 0)]
+        if self.place.startswith("hub:"):
+            return [(self.place, 0)]
         root = Path(self.place).expanduser()
-        if not root.exists():
-            raise ValueError(f"source {self.name}: there is no {root}")
         paths = root.rglob("*") if root.is_dir() else [root]
-        found = sorted(p.as_posix() for p in paths if p.name.endswith(SUFFIXES) and p.is_file())
+        found = sorted(p.as_posix() for p in paths if p.name.endswith(PLAIN + ROWS) and p.is_file())
         if not found:
-            raise ValueError(f"source {self.name}: {root} is no file, and holds no file, of the "
-                             f"kinds {', '.join(SUFFIXES)}")
+            raise ValueError(f"source {self.name}: {root} neither is nor holds a file of the kinds "
+                             f"{', '.join(PLAIN + ROWS)}")
         return [(path, os.path.getsize(path)) for path in found]
 
     def pieces(self) -> Iterator[list[tuple[str, int]]]:
-        """The inputs in groups of up to PIECE bytes; a larger file is a group of its own."""
+        """The files in groups of up to PIECE bytes; a larger file is a group of its own."""
         group: list[tuple[str, int]] = []
-        for file, size in self.inputs():
+        for file, size in self.files():
             if group and sum(size for _, size in group) + size > PIECE:
                 yield group
                 group = []
@@ -330,85 +565,110 @@ class Source(NamedTuple):
         yield group
 
     def records(self, file: str) -> Iterator[Record]:
-        """The documents of one of the inputs."""
-        return read_file(file) if self.place else BUILT_IN[self.name]()
+        """The documents of one of the files, one after another, in bounded memory."""
+        if not self.place:
+            yield from BUILT_IN[self.name]()
+            return
+        try:
+            if file.startswith("hub:"):
+                rows = hub_rows(file.removeprefix("hub:"), FOLDER.get(self.name))
+                yield from (Record(file, line, row) for line, row in rows)
+                return
+            with open(file, "rb") as raw:
+                before = 0
+                for line, row in file_rows(file, raw):
+                    yield Record(file, line, row, raw.tell() - before)
+                    before = raw.tell()
+        except Exception as error:  # each library has its own for a damaged file
+            raise ValueError(f"source {self.name}: cannot read {file}: {error}") from error
 
 
-def read_file(path: str) -> Iterator[Record]:
-    """The documents of a file, in bounded memory.
-
-    A line of .jsonl is one. A .txt or .py file is cut, at the next line's end, into documents of
-    32 KiB or 1 MiB: a single book must be able to both train and validate, but a source file is
-    better kept whole.
-    """
-    with open(path, "rb") as raw:
-        if path.endswith((".txt", ".py")):
-            size = 1 << (15 if path.endswith(".txt") else 20)
-            # An invalid byte becomes a lone surrogate, which makes a bad record of this document.
-            text, line = io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline=""), 1
-            while part := text.read(size):
-                part += text.readline(size)
-                yield Record(path, line, {"text": part}, read=len(part))
-                line += part.count("\n")
-        else:                       # a longer line than 64 MiB is cut, and so two bad records
-            for line, content in enumerate(iter(lambda: raw.readline(1 << 26), b""), 1):
-                yield Record(path, line, content, read=len(content))
+def hub_rows(name: str, folder: str | None) -> Iterator[tuple[int, dict]]:
+    """Stream a data set of the Hub or of a local folder: its train split, or all if none is."""
+    splits = optional("datasets").load_dataset(name, data_dir=folder, streaming=True)
+    chosen = [splits["train"]] if "train" in splits else [splits[name] for name in sorted(splits)]
+    return enumerate(itertools.chain.from_iterable(chosen), 1)
 
 
-def text_of(record: Record) -> str:
-    """The record's text; ValueError says why there is none."""
+def file_rows(name: str, raw: BinaryIO) -> Iterator[tuple[int, dict | bytes]]:
+    """The (line, row) of a file. A .txt or .py file is cut, at the next line's end, into documents
+    of 32 KiB or 1 MiB: a single book must be able to give both splits, a source is better whole."""
+    if name.endswith(PLAIN):
+        size, line = 1 << (20 if name.endswith(".py") else 15), 1
+        # An invalid byte becomes a lone surrogate, which makes this document a bad record.
+        text = io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="")
+        while part := text.read(size):
+            part += text.readline(size)
+            yield line, {"text": part}
+            line += part.count("\n")
+    elif name.endswith(".parquet"):
+        file = optional("pyarrow.parquet").ParquetFile(raw, buffer_size=1 << 20)
+        rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
+        yield from enumerate(rows, 1)
+    else:
+        stream: Any = raw
+        if name.endswith(".gz"):
+            stream = gzip.open(raw)
+        elif name.endswith(".zst"):
+            decompressor = optional("zstandard").ZstdDecompressor()
+            stream = io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True))
+        # A line of more than 16 MiB is cut, and so makes bad records instead of filling the memory.
+        yield from enumerate(iter(lambda: stream.readline(1 << 24), b""), 1)
+
+
+def text_of(record: Record, source: str, field: str | None) -> str:
+    """The record's text, "" if its source leaves it out; ValueError says why there is none."""
     row = json.loads(record.row) if isinstance(record.row, bytes) else record.row
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
-    text = next((row[name] for name in ("text", "content") if name in row), None)
-    if not isinstance(text, str):
-        raise ValueError("no text in a field 'text' or 'content'")
-    text.encode()                   # a lone surrogate is no text either: UnicodeEncodeError
-    return text
+    fields = [field] if field else ["text", "content"]
+    try:
+        if source in LEFT_OUT and LEFT_OUT[source](row):
+            return ""
+        text = next(row[name] for name in fields if name in row)
+        text.encode()               # a lone surrogate is no text: UnicodeEncodeError
+        return text
+    except (TypeError, KeyError, AttributeError, StopIteration):
+        raise ValueError(f"no text in {' or '.join(fields)}") from None
 
 
-def texts(sources: Iterable[str]) -> Iterator[str]:
+def texts(sources: Iterable[str], field: str | None = None) -> Iterator[str]:
     """All texts of the sources, for train_bpe."""
     for source in map(Source.parse, sources):
-        for file, _ in source.inputs():
-            for record in source.records(file):
-                try:
-                    yield text_of(record)
-                except ValueError as error:
-                    raise ValueError(f"{record.file}, line {record.line}: {error}") from None
+        for record in (record for file, _ in source.files() for record in source.records(file)):
+            try:
+                yield text_of(record, source.name, field)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{record.file}, line {record.line}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------
-# prepare: sources -> a folder of shards
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- prepare
 
-SPLITS = ("train", "val")
-BATCH = 1 << 20                     # characters or bytes of text that a worker gets at a time
-SHARD = 256                         # batches of a shard: what a killed run can lose
+SPLITS, UNITS = ("train", "val"), ("documents", "tokens", "bytes")
+BATCH = 1 << 20                     # bytes of records that a worker gets at a time
+SHARD = 256                         # batches of a shard, which is what a killed run can lose
 
 
 class Batch(NamedTuple):
-    """Work for one process: some records, and the shard that they belong to."""
+    """Work for one process."""
 
+    shard: str                      # SOURCE-PIECE-NUMBER, the stem of the shard's file names
     source: str
-    shard: str                      # SOURCE-PIECE-NUMBER, the stem of its files' names
     records: list[Record]
-    position: int                   # bytes of all input read up to here, for the progress line
+    position: int                   # bytes of all files read up to here
 
 
 class Encoded(NamedTuple):
     """What became of a batch."""
 
-    batch: Batch                    # without its records
-    tokens: dict[str, np.ndarray]   # by split
-    counts: dict[str, Counter]      # by split: documents, tokens, bytes (UTF-8, without END)
+    shard: str
+    position: int
+    tokens: list[np.ndarray]        # of each split
+    counts: np.ndarray              # (splits, units); bytes are UTF-8, without END
     bad: list[str]                  # a message for each record without text
 
 
 def is_validation(key: str, fraction: float) -> bool:
     """Whether a document is held out: its hash decides, so no run and no order changes it."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 def cut(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -416,7 +676,8 @@ def cut(records: Iterable[Record]) -> Iterator[list[Record]]:
     group, size = [], 0
     for record in records:
         group.append(record)
-        size += len(record.row if isinstance(record.row, bytes) else record.row["text"])
+        parts = [record.row] if isinstance(record.row, bytes) else record.row.values()
+        size += sum(len(part) for part in parts if isinstance(part, (str, bytes)))
         if size >= BATCH:
             yield group
             group, size = [], 0
@@ -433,8 +694,7 @@ def plan(sources: list[Source], out: Path) -> Iterator[Batch]:
     position = 0
     for source in sources:
         for number, files in enumerate(source.pieces()):
-            stem = f"{source.name}-{number:05d}"
-            done, batches = 0, SHARD
+            stem, done, batches = f"{source.name}-{number:05d}", 0, SHARD
             while batches == SHARD and (note := out / f"{stem}-{done:05d}.json").exists():
                 done, batches = done + 1, json.loads(note.read_bytes())["batches"]
             if batches < SHARD:
@@ -444,37 +704,38 @@ def plan(sources: list[Source], out: Path) -> Iterator[Batch]:
             for i, group in enumerate(cut(records)):
                 position += sum(record.read for record in group)
                 if i >= done * SHARD:
-                    yield Batch(source.name, f"{stem}-{i // SHARD:05d}", group, position)
+                    yield Batch(f"{stem}-{i // SHARD:05d}", source.name, group, position)
 
 
-@functools.lru_cache
-def _worker_tokenizer(folder: str) -> Tokenizer:
-    return load_tokenizer(folder)   # once a process
+cached_tokenizer = functools.lru_cache(load_tokenizer)      # a worker reads the file once
 
 
-def encode_batch(folder: str, fraction: float, dtype: str, batch: Batch) -> Encoded:
+def encode_batch(folder: Path, field: str | None, val_fraction: float, batch: Batch) -> Encoded:
     """Tokenize a batch; this is what the worker processes do."""
-    tokenizer = _worker_tokenizer(folder)
-    tokens: dict[str, list[int]] = {split: [] for split in SPLITS}
-    counts = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
-    bad = []
+    tokenizer = cached_tokenizer(folder)
+    ids: list[list[int]] = [[] for _ in SPLITS]
+    counts, bad = np.zeros((len(SPLITS), len(UNITS)), np.int64), []
     for record in batch.records:
         try:
-            text = text_of(record)
+            text = text_of(record, batch.source, field)
         except (ValueError, RecursionError) as error:
             bad.append(f"{record.file}, line {record.line}: {error}")
             continue
         if text:
-            split = SPLITS[is_validation(record.key or text, fraction)]
-            ids = tokenizer.encode(text)
-            tokens[split] += ids + [tokenizer.eos_id]
-            counts[split].update(documents=1, tokens=len(ids) + 1, bytes=len(text.encode()))
-    arrays = {split: np.array(ids, dtype) for split, ids in tokens.items()}
-    return Encoded(batch._replace(records=[]), arrays, counts, bad)
+            split = is_validation(record.key or text, val_fraction)
+            tokens = tokenizer.encode(text)
+            ids[split] += tokens + [tokenizer.eos_id]
+            counts[int(split)] += 1, len(tokens) + 1, len(text.encode())
+    tokens = [np.array(split, token_type(tokenizer)) for split in ids]
+    return Encoded(batch.shard, batch.position, tokens, counts, bad)
+
+
+def token_type(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
 
 
 def start_worker() -> None:
-    """Let the parent alone answer Ctrl-C, and end with it, even if it is killed."""
+    """Leave Ctrl-C to the parent, and end when it ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -493,105 +754,98 @@ def in_order(pool: ProcessPoolExecutor, work: Callable, items: Iterable, ahead: 
 
 def watch(results: Iterable[Encoded], total: int, bad: int, max_bad: int) -> Iterator[Encoded]:
     """Pass results on; report and count bad records, and keep a line of progress on stderr."""
+    end, pause = ("\r", 0.5) if sys.stderr.isatty() else ("\n", 10)
     start = shown = time.monotonic()
-    first, bytes_, tokens, end = None, 0, 0, "\r" if sys.stderr.isatty() else "\n"
+    first, sums = None, np.zeros(len(UNITS))
     for result in results:
         for message in result.bad:
             bad += 1
             if bad > max_bad:
-                raise ValueError(f"{message}; with it, more than {max_bad} records are bad")
+                raise ValueError(f"{message}; that makes more than {max_bad} bad records")
             print(f"skipped {message}", file=sys.stderr)
         yield result
-        position, now = result.batch.position, time.monotonic()
-        first = position if first is None else first
-        bytes_ += sum(counts["bytes"] for counts in result.counts.values())
-        tokens += sum(counts["tokens"] for counts in result.counts.values())
-        if now - shown > (0.5 if end == "\r" else 10):
-            shown, seconds = now, now - start
-            left = (total - position) / max(position - first, 1) * seconds
-            print(f"{result.batch.shard}: {bytes_ / 1e6:.0f} MB, "
-                  f"{bytes_ / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e3:.0f}k tokens/s, "
-                  + (f"{left / 60:.1f} min left" if total else "end unknown"),
-                  end=f"   {end}", file=sys.stderr)
+        first, sums = first or result.position, sums + result.counts.sum(0)
+        if time.monotonic() - shown > pause:
+            shown = time.monotonic()
+            _, tokens, size = sums / (shown - start)
+            left = (total - result.position) * (shown - start) / max(result.position - first, 1)
+            print(f"{result.shard}: {sums[2] / 1e6:.0f} MB, {size / 1e6:.1f} MB/s, "
+                  f"{tokens / 1e3:.0f}k tokens/s, "
+                  f"{f'{left / 60:.1f} min' if total else '?'} left   ", end=end, file=sys.stderr)
 
 
-def write_shard(out: Path, shard: str, results: Iterable[Encoded], note: dict) -> None:
+def write_shard(out: Path, shard: str, results: Iterable[Encoded], fingerprint: str) -> None:
     """Write SHARD.train.bin and SHARD.val.bin, then SHARD.json, which makes them count."""
-    note = note | {"shard": shard, "batches": 0, "bad": 0}
-    note |= {split: dict(documents=0, tokens=0, bytes=0) for split in SPLITS}
+    batches = bad = 0
+    counts = np.zeros((len(SPLITS), len(UNITS)), np.int64)
     with atomic(out / f"{shard}.train.bin") as train, atomic(out / f"{shard}.val.bin") as val:
         for result in results:
-            note["batches"] += 1
-            note["bad"] += len(result.bad)
-            for split, file in zip(SPLITS, (train, val)):
-                file.write(result.tokens[split].tobytes())
-                for unit, count in result.counts[split].items():
-                    note[split][unit] += count
+            train.write(result.tokens[0].tobytes())
+            val.write(result.tokens[1].tobytes())
+            batches, bad, counts = batches + 1, bad + len(result.bad), counts + result.counts
+    note = {"shard": shard, "fingerprint": fingerprint, "batches": batches, "bad": bad}
+    note |= {split: dict(zip(UNITS, row)) for split, row in zip(SPLITS, counts.tolist())}
     with atomic(out / f"{shard}.json") as file:
         file.write(json.dumps(note).encode())
 
 
 def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
-            val_fraction: float = 0.05, max_bad: int = 100) -> None:
+            val_fraction: float = 0.05, field: str | None = None, max_bad: int = 100) -> None:
     """Tokenize sources into the folder `out`; the same call continues what was interrupted.
 
-    sources: as on the command line, NAME=PATH or the name of a built-in source.
-    val_fraction: the share of the documents that is held out. max_bad: how many records without
-    text are skipped, with a message each, before the next one is an error.
+    sources: as on the command line, NAME=PATH or NAME. val_fraction: the share of documents that
+    is held out. field: where a row has its text, if not in "text" or "content". max_bad: how many
+    records without text are skipped, each with a message, before one is an error.
 
-    The folder holds the tokenizer's files, the shards, and manifest.json, which is written last.
+    The folder gets the tokenizer's files, the shards and, last, manifest.json.
     """
-    out, parsed = Path(out), [Source.parse(source) for source in sources]
+    out, parsed = Path(out).expanduser(), [Source.parse(source) for source in sources]
     if not parsed or len({source.name for source in parsed}) < len(parsed):
         raise ValueError("expected one or more sources, each with a name of its own")
     if not 0 <= val_fraction < 1:
-        raise ValueError(f"the validation share must be in [0, 1), got {val_fraction}")
-    sizes = [(source.name, [(Path(file).name, size) for file, size in source.inputs()])
+        raise ValueError(f"the validation share must be at least 0 and below 1, not {val_fraction}")
+    files = [(source.name, [(Path(file).name, size) for file, size in source.files()])
              for source in parsed]
-    # Everything that the shards depend on. What is there with other facts is not touched.
-    facts = json.dumps([tokenizer.sha256, val_fraction, BATCH, SHARD, PIECE, sizes])
-    fingerprint = hashlib.sha256(facts.encode()).hexdigest()
+    # What the shards depend on. A folder that was made of anything else is not touched.
+    facts = [tokenizer.sha256, val_fraction, field, BATCH, SHARD, PIECE, files]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def notes() -> list[dict]:
         found = [json.loads(path.read_bytes()) for path in sorted(out.glob("*-*-*.json"))]
         if any(note["fingerprint"] != fingerprint for note in found):
-            raise ValueError(f"{out} was prepared from other sources, or with another tokenizer, "
-                             "share or Python: delete it or choose another folder")
+            raise ValueError(f"{out} was prepared from other sources or with other options: delete "
+                             "it or choose another folder")
         return found
 
     bad = sum(note["bad"] for note in notes())
     if (out / "manifest.json").exists():
         return
     tokenizer.save(out)
-    dtype = "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
-    work = functools.partial(encode_batch, str(out), val_fraction, dtype)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    work = functools.partial(encode_batch, out, field, val_fraction)
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         results = in_order(pool, work, plan(parsed, out), ahead=3 * workers)
-        total = sum(size for _, files in sizes for _, size in files)
+        total = sum(size for _, sizes in files for _, size in sizes)
         results = watch(results, total, bad, max_bad)
-        for shard, group in itertools.groupby(results, lambda result: result.batch.shard):
-            write_shard(out, shard, group, {"fingerprint": fingerprint})
+        for shard, group in itertools.groupby(results, lambda result: result.shard):
+            write_shard(out, shard, group, fingerprint)
 
     manifest: dict[str, Any] = {"tokenizer": tokenizer.sha256, "n_vocab": tokenizer.n_vocab,
-                                "dtype": dtype, "fingerprint": fingerprint, "sources": {}}
+                                "dtype": token_type(tokenizer), "sources": {}}
     for source in parsed:
         shards = [note for note in notes() if note["shard"].rsplit("-", 2)[0] == source.name]
-        entry: dict[str, Any] = {"place": source.place, "bad": sum(n["bad"] for n in shards)}
+        entry = manifest["sources"][source.name] = {"place": source.place,
+                                                    "bad": sum(note["bad"] for note in shards)}
         for split in SPLITS:
-            entry[split] = {unit: sum(note[split][unit] for note in shards)
-                            for unit in ("documents", "tokens", "bytes")}
-            entry[split]["shards"] = [[n["shard"], n[split]["tokens"]] for n in shards]
+            entry[split] = {unit: sum(note[split][unit] for note in shards) for unit in UNITS}
+            entry[split]["shards"] = [[note["shard"], note[split]["tokens"]] for note in shards]
         if not entry["train"]["tokens"]:
-            raise ValueError(f"source {source.name} holds no text to train on")
-        manifest["sources"][source.name] = entry
+            raise ValueError(f"source {source.name} has no text to train on")
     with atomic(out / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=1).encode())
 
 
-# ---------------------------------------------------------------------------------------------
-# Corpus and loader
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------ corpus and loader
 
 
 class Stream:
@@ -635,7 +889,7 @@ class Corpus:
         self.folder, self.split, self.mix = folder, split, mix
         self.sources = list(mix or sources or manifest["sources"])
         if unknown := [name for name in self.sources if name not in manifest["sources"]]:
-            raise ValueError(f"{folder} has no source {', '.join(unknown)}; it has "
+            raise ValueError(f"{folder} has no source {', '.join(unknown)}, but "
                              f"{', '.join(manifest['sources'])}")
         self._streams = {}
         for name in self.sources:
@@ -682,26 +936,58 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarr
     return x.astype(np.int64)
 
 
+def timetable(weights: list[float]) -> np.ndarray:
+    """Whose turn it is, (period,): over any number of turns, in any number of periods, each source
+    has had its weight's share to within less than one turn.
+
+    As fractions, the weights are turns[s] / period. Turn number n + 1 of a source comes at time
+    n * period / turns[s] at the earliest and, at the latest, one such interval later. Serving the
+    earliest deadline first keeps all deadlines, as the weights add up to one (Liu and Layland).
+    """
+    fractions = [Fraction(str(weight)) for weight in weights]
+    if not fractions or min(fractions) <= 0:
+        raise ValueError(f"mixing weights must be positive, got {weights}")
+    fractions = [fraction / sum(fractions) for fraction in fractions]
+    period = math.lcm(*(fraction.denominator for fraction in fractions))
+    if period > 1_000_000:
+        raise ValueError(f"mixing weights {weights} have too many digits: use two or three")
+    turns = [int(fraction * period) for fraction in fractions]
+    had, table = [0] * len(turns), np.empty(period, np.int64)
+    for now in range(period):
+        ready = [s for s, n in enumerate(had) if n * period // turns[s] <= now]
+        table[now] = turn = min(ready, key=lambda s: -(-(had[s] + 1) * period // turns[s]))
+        had[turn] += 1
+    return table
+
+
 class Loader:
     """Batches as a pure function of (step, rank, world).
 
-    Row i of step s is row g = s * batch + i of an endless sequence, which runs through all blocks
-    of block + 1 tokens (inputs, and the same shifted by one) of all sources in a random order,
-    then through another order, and so on; an epoch may end in the middle of a batch. So every
-    block comes once an epoch, sources are mixed by their sizes, and no rank count changes a step.
+    Row i of a step is number g = step * batch + i of an endless sequence. It runs through all
+    blocks of block + 1 tokens (inputs, and the same shifted by one) of all sources in a random
+    order, then in another one, and so on; an epoch may end inside a batch. So every block comes
+    once an epoch, sources mix by their sizes, and the number of ranks does not change a step.
 
-    With corpus.mix, each source is a sequence of its own, and a timetable says whose turn g is.
+    With corpus.mix, each source is such a sequence, and a timetable says whose turn it is.
     """
 
     def __init__(self, corpus: Corpus, block: int, batch: int, seed: int):
-        self.corpus, self.block, self.rows, self.seed = corpus, block, batch, seed
+        self.block, self.rows, self.seed = block, batch, seed
         self.streams = [corpus.tokens(name) for name in corpus.sources]
-        blocks = [len(stream) // (block + 1) for stream in self.streams]
-        self.first = np.cumsum([0, *blocks])                # of each stream; last: of all
-        if not self.first[-1]:
-            raise ValueError(f"the {corpus.split} split of {corpus.folder} has "
-                             f"{sum(map(len, self.streams))} tokens, less than one block of "
-                             f"{block + 1}: add text, or choose a shorter block")
+        blocks = np.array([len(stream) // (block + 1) for stream in self.streams])
+        self.first = np.cumsum([0, *blocks])                # block number that a stream begins with
+        for name, n in zip(corpus.sources, blocks) if corpus.mix else [("data", self.first[-1])]:
+            if n == 0:
+                raise ValueError(f"{corpus.folder} has too little {name} in its {corpus.split} "
+                                 f"split for one block of {block + 1} tokens: add text, or choose "
+                                 "a shorter block")
+        # Sequences: where their blocks begin, how many there are, whose turn it is, and how many
+        # turns each has had before a given time of the period.
+        self.start = self.first[:-1] if corpus.mix else self.first[:1]
+        self.size = blocks if corpus.mix else self.first[-1:]
+        self.turn = timetable(list(corpus.mix.values())) if corpus.mix else np.zeros(1, np.int64)
+        one_hot = self.turn[:, None] == np.arange(len(self.size))
+        self.had = np.cumsum(np.vstack([0 * one_hot[:1], one_hot]), axis=0)
 
     @property
     def blocks_per_epoch(self) -> int:
@@ -712,20 +998,22 @@ class Loader:
         if self.rows % world:
             raise ValueError(f"a batch of {self.rows} rows cannot be split between {world} ranks")
         share = self.rows // world
-        rows = step * self.rows + rank * share + np.arange(share)
-        epoch, index = np.divmod(rows, self.blocks_per_epoch)
-        blocks = permute(index, self.blocks_per_epoch, self.seed, epoch)
+        period, now = np.divmod(step * self.rows + rank * share + np.arange(share), len(self.turn))
+        whose = self.turn[now]
+        epoch, index = np.divmod(period * self.had[-1, whose] + self.had[now, whose],
+                                 self.size[whose])
         result = np.empty((share, self.block + 1), np.int64)
-        for row, block in enumerate(blocks):
-            source = int(np.searchsorted(self.first, block, side="right")) - 1
-            start = int(block - self.first[source]) * (self.block + 1)
-            result[row] = self.streams[source][start:start + self.block + 1]
+        for sequence in np.unique(whose):
+            rows = np.flatnonzero(whose == sequence)
+            blocks = permute(index[rows], int(self.size[sequence]), self.seed, epoch[rows])
+            for row, block in zip(rows, blocks + self.start[sequence]):
+                stream = np.searchsorted(self.first, block, side="right") - 1
+                start = int(block - self.first[stream]) * (self.block + 1)
+                result[row] = self.streams[stream][start:start + self.block + 1]
         return result
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- command line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -735,20 +1023,21 @@ def main(argv: list[str] | None = None) -> None:
     train.add_argument("--vocab-size", type=int, default=4096)
     tokenize = commands.add_parser("prepare", help="tokenize sources into a data set folder")
     tokenize.add_argument("--tokenizer", required=True, help="a tokenizer's file or folder")
-    tokenize.add_argument("--val-fraction", type=float, default=0.05, help="held out documents")
+    tokenize.add_argument("--val-fraction", type=float, default=0.05, help="documents held out")
     tokenize.add_argument("--max-bad", type=int, default=100, help="bad records to skip")
     for command in (train, tokenize):
         command.add_argument("--source", action="append", required=True, metavar="NAME[=PATH]",
-                             help=f"a file or folder ({', '.join(SUFFIXES)}), or a built-in "
-                                  f"source: {', '.join(BUILT_IN)}; can be repeated")
+                             help=f"NAME=file or folder ({', '.join(PLAIN + ROWS)}), or "
+                                  f"NAME=hub:DATASET, or {', '.join([*BUILT_IN, *READY])}")
+        command.add_argument("--field", help="where a row has its text, if not in text or content")
         command.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)
     try:
         if args.command == "train-tokenizer":
-            train_bpe(texts(args.source), args.vocab_size).save(args.out)
+            train_bpe(texts(args.source, args.field), args.vocab_size).save(args.out)
         else:
             prepare(args.source, load_tokenizer(args.tokenizer), args.out, args.val_fraction,
-                    args.max_bad)
+                    args.field, args.max_bad)
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: error: {error}\n")
 
