@@ -402,7 +402,7 @@ def read_tokenizer_json(content: bytes) -> SentencePiece:
         raise ValueError("not of Llama-2's family: no byte fallback, or no space put in front")
     # In Llama-2 itself, runs of SPACE have the lowest score. transformers 5 forgets that when it
     # converts a tokenizer.model, and splits "a  b" otherwise than the models have learnt.
-    llama2 = [model["vocab"].get(text) for text in (2 * SPACE, SPACE + "t")] == [259, 260]
+    llama2 = {2 * SPACE: 259, 16 * SPACE: 462}.items() <= model["vocab"].items()
     scores: dict[str, float] = {}
     for i, merge in enumerate(merges):                      # "a b" in old files, ["a", "b"] in new
         text = "".join(merge.split(" ") if isinstance(merge, str) else merge)
