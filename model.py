@@ -272,27 +272,32 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """The last block's normalised output, (B, T, C), for tokens (B, T)."""
-        T = tokens.shape[1]
+    def enter(self, tokens: Tensor, cache: Cache | None = None):
+        """What all blocks share: the embedded tokens (B, T, C), RoPE's cosines and sines, and with
+        a cache where its new entries go and which of them each query may see."""
         x = self.model.embed_tokens(tokens)                                 # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
             # A bf16 residual stream: half the traffic of every addition and norm in training.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        positions = torch.arange(T, device=x.device)[None]                  # (1, T)
+        positions = torch.arange(tokens.shape[1], device=x.device)[None]    # (1, T)
+        slots = mask = None
         if cache is not None:
             # A draft that is re-fed its last two tokens starts a one-token prompt at -1: the
             # clamp writes that token's key twice into slot 0.
             positions = (cache.position[:, None] + positions).clamp(min=0)  # (B, T)
-            rows = torch.arange(len(tokens), device=x.device)[:, None]
+            slots = torch.arange(len(tokens), device=x.device)[:, None], positions
             reach = torch.arange(cache.keys[0].shape[1], device=x.device)   # (S,)
             mask = (reach <= positions[..., None])[:, None]                 # (B, 1, T, S)
-        cos, sin = rope(positions, self.config, x.dtype)
+        return x, *rope(positions, self.config, x.dtype), slots, mask
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """The last block's normalised output, (B, T, C), for tokens (B, T)."""
+        x, cos, sin, slots, mask = self.enter(tokens, cache)
         for i, layer in enumerate(self.model.layers):
-            past = cache and (cache.keys[i], cache.values[i], (rows, positions), mask)
+            past = cache and (cache.keys[i], cache.values[i], slots, mask)
             x = layer(x, cos, sin, past)
         if cache is not None:
-            cache.position += T
+            cache.position += tokens.shape[1]
         return self.model.norm(x)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
