@@ -334,8 +334,40 @@ def test_safetensors_reads_what_we_write_and_the_reverse(tmp_path):
     tensors = one_of_each_type()
     write_safetensors(tmp_path / "ours", tensors)
     assert_equal_tensors(library.load_file(tmp_path / "ours"), tensors)
+    with library.safe_open(tmp_path / "ours", "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "transformers 4 opens no file without it"
     library.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt", "any": "thing"})
     assert_equal_tensors(dict(read_safetensors(tmp_path / "theirs")), tensors)
+
+
+BYTES = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize("problem, header, size", [
+    ("overlap", {"a": BYTES, "b": BYTES}, 4),
+    ("hole", {"a": BYTES, "b": BYTES | {"data_offsets": [8, 12]}}, 12),
+    ("hole at the start", {"a": BYTES | {"data_offsets": [4, 8]}}, 8),
+    ("bytes left over", {"a": BYTES}, 5), ("cut", {"a": BYTES}, 3),
+    ("offset beyond the end", {"a": BYTES | {"shape": [2**40], "data_offsets": [0, 2**40]}}, 4),
+    ("end before start", {"a": BYTES | {"shape": [-4], "data_offsets": [0, -4]}}, 0),
+    ("negative lengths", {"a": BYTES | {"shape": [-2, -2]}}, 4),
+    ("an empty tensor", {"a": BYTES | {"shape": [0, 2**62], "data_offsets": [0, 0]}}, 0),
+    ("a length that is no integer", {"a": BYTES | {"shape": [4.0]}}, 4),
+    ("an offset that is no integer", {"a": BYTES | {"data_offsets": [0, 4.0]}}, 4),
+    ("three offsets", {"a": BYTES | {"data_offsets": [0, 2, 4]}}, 4),
+    ("another type's size", {"a": BYTES | {"dtype": "F32"}}, 4),
+    ("unknown type", {"a": BYTES | {"dtype": "F8_E4M3"}}, 4),
+    ("type of a wrong type", {"a": BYTES | {"dtype": ["U8"]}}, 4),
+    ("no offsets", {"a": {"dtype": "U8", "shape": [4]}}, 4),
+    ("hundreds of dimensions", {"a": BYTES | {"shape": [1] * 500 + [4]}}, 4),
+    ("no object", [BYTES], 4), ("no entry", {"a": None}, 4)])
+def test_headers_that_do_not_describe_the_data_are_refused(tmp_path, problem, header, size):
+    text = json.dumps(header).encode()
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(ValueError, match="not a valid safetensors file") as caught:
+        list(read_safetensors(tmp_path / "file"))
+    assert len(str(caught.value)) < 1000, f"{problem}: not one sentence"
+    assert problem != "unknown type" or "F8_E4M3" in str(caught.value), "the type is not named"
 
 
 @pytest.mark.parametrize("spaces", range(9))
@@ -347,7 +379,21 @@ def test_a_header_of_any_length_is_read(tmp_path, spaces):
     n = int.from_bytes(blob[:8], "little")
     (tmp_path / "file").write_bytes((n + spaces).to_bytes(8, "little") + blob[8:8 + n]
                                     + b" " * spaces + blob[8 + n:])
-    assert_equal_tensors(dict(read_safetensors(tmp_path / "file")), tensors)
+    found = dict(read_safetensors(tmp_path / "file"))
+    assert_equal_tensors(found, tensors)
+    for name, tensor in found.items():
+        assert tensor.data_ptr() % tensor.itemsize == 0, f"{name} lies across its alignment"
+
+
+def test_what_is_written_is_aligned(tmp_path):
+    write_safetensors(tmp_path / "file", one_of_each_type())
+    blob = (tmp_path / "file").read_bytes()
+    data = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:data])
+    del header["__metadata__"]
+    for name, entry in header.items():
+        first = data + entry["data_offsets"][0]
+        assert first % DTYPES[entry["dtype"]].itemsize == 0, f"{name} lies across its alignment"
 
 
 def test_changing_a_loaded_model_leaves_its_file_alone(tiny, tmp_path):

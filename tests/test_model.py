@@ -160,6 +160,7 @@ def test_one_token_fed_twice_from_minus_one_counts_once(tiny):
         assert cache.position.tolist() == [1, 2]
         wanted = [model(tokens[:1, :1])[0, -1], model(tokens[1:, :2])[0, -1]]
         assert off(logits[:, -1], torch.stack(wanted)) < EXACT, "the doubled token was seen twice"
+        assert off(logits[0, 0], wanted[0]) < EXACT, "its first copy saw what it should not"
         more = model(torch.stack((tokens[0, 1:3], tokens[1, 2:])), cache)
         assert off(more[0], model(tokens[:1, :3])[0, 1:]) < EXACT, "and it left a trace"
         assert off(more[1], model(tokens[1:])[0, 2:]) < EXACT, "and it disturbed its neighbour"
