@@ -194,18 +194,29 @@ class Round:
     drafted: list[list[int]]        # all drafts, kept or not
 
 
+def compile_for_decoding(model: Transformer) -> None:
+    """Fuse each block's element-wise work, and turn products with one row into reductions that run
+    at memory speed. Block by block: all share one compilation, a whole model would take minutes."""
+    torch._dynamo.config.recompile_limit = 64       # a few shapes for each of two models
+    how = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}
+    for module in (*model.model.layers, model.model.norm, model.lm_head):
+        module.compile(**how)
+    model.enter = torch.compile(model.enter, **how)
+
+
 class Decoder:
     """Decodes a batch of prompts with a target, alone or helped by a draft.
 
     Everything that a round touches is allocated here, once. Without a draft the draft length is 0
     and a round is one plain step. gamma is a number or "auto". `length` is how many tokens a row
-    may hold, at most (and by default) the target's context. Raises ValueError for settings that
-    cannot be.
+    may hold, at most (and by default) the target's context. With `graphs` a round on a GPU is two
+    launches (see record). Raises ValueError for settings that cannot be.
     """
 
     def __init__(self, target: Transformer, draft: Transformer | None = None,
                  gamma: int | str = 5, temperature: float = 0.0, top_k: int = 0,
-                 top_p: float = 1.0, batch: int = 1, length: int | None = None):
+                 top_p: float = 1.0, batch: int = 1, length: int | None = None,
+                 graphs: bool = False):
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected "
                              "temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1")
@@ -219,12 +230,17 @@ class Decoder:
         self.length = min(length or context, context)
         self.models = [target] if draft is None else [target, draft]
         # gamma + 1 more places than tokens: a last round may draft beyond the end.
-        self.caches = [Cache(model.config, batch, self.length + self.gamma + 1, model.device,
-                             model.dtype) for model in self.models]
+        places = -(-(self.length + self.gamma + 1) // 64) * 64      # few different shapes
+        self.caches = [Cache(model.config, batch, places, model.device, model.dtype)
+                       for model in self.models]
         device = target.device
         self.tail = torch.zeros(batch, 2, dtype=torch.int64, device=device)     # last two tokens
         self.active = torch.ones(batch, dtype=torch.int64, device=device)       # 0: row has ended
         self.u = torch.zeros(batch, 2 * self.gamma + 1, dtype=torch.float64, device=device)
+        self.graphs = {} if graphs and device.type == "cuda" else None      # by draft length
+        if graphs:
+            for model in self.models:
+                compile_for_decoding(model)
 
     @torch.inference_mode()
     def start(self, prompts: list[list[int]]) -> None:
@@ -240,8 +256,14 @@ class Decoder:
         for back, model, cache in zip((1, 2), self.models, self.caches):
             cache.position.zero_()
             if padded.shape[1] > 1:
-                model.hidden(padded[:, :-1].clamp(max=model.config.vocab_size - 1), cache)
+                # Prompts have any length: compiling for each would take longer than reading it.
+                with torch.compiler.set_stance("force_eager"):
+                    model.hidden(padded[:, :-1].clamp(max=model.config.vocab_size - 1), cache)
             cache.position.copy_(lengths - back)        # the padding behind it is now unseen
+
+    def pick(self, logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.warp(logits)                                                   # (B, V)
+        return q, sample(q, u)                                                  # and (B,)
 
     def propose(self, G: int) -> tuple[Tensor, Tensor]:
         """Draft G tokens: drafted (B, G) and the q (B, G, V) that each was drawn from."""
@@ -253,9 +275,10 @@ class Decoder:
             tokens = tokens.clamp(max=self.draft.config.vocab_size - 1)
             hidden = self.draft.hidden(tokens, self.caches[1])[:, -1]           # (B, C)
             logits = self.draft.lm_head(hidden)[:, :self.target.config.vocab_size]
-            q.append(self.warp(logits))
-            drafted.append(sample(q[-1], self.u[:, i]))
-            tokens = drafted[-1][:, None]
+            q_i, token = self.pick(logits, self.u[:, i])
+            q.append(q_i)
+            drafted.append(token)
+            tokens = token[:, None]
         return torch.stack(drafted, 1), torch.stack(q, 1)
 
     def decide(self, drafted: Tensor, q: Tensor) -> Tensor:
@@ -277,10 +300,67 @@ class Decoder:
     def plain_step(self) -> Tensor:
         """One token of the target alone, in the form of decide(): the token, and n = 0."""
         logits = self.target(self.tail[:, 1:], self.caches[0])
-        token = sample(self.warp(logits[:, -1]), self.u[:, 0])[:, None]         # (B, 1)
+        token = self.pick(logits[:, -1], self.u[:, 0])[1][:, None]              # (B, 1)
         self.caches[0].position += self.active - 1
         self.tail.copy_(torch.cat((self.tail, token), 1)[:, 1:])
         return F.pad(token, (0, 1))
+
+    def round(self, G: int) -> Tensor:
+        """One round of G drafts, or with 0 a plain step: what decide() returns."""
+        if self.graphs is not None and G not in self.graphs:
+            self.record(G)
+        if self.graphs is None:
+            return self.decide(*self.propose(G)) if G else self.plain_step()
+        graphs, output = self.graphs[G]
+        for graph in graphs:
+            graph.replay()
+        return output
+
+    def record(self, G: int) -> None:
+        """The same round as CUDA graphs: one launch starts all of propose(), one all of decide().
+
+        Launching the hundreds of kernels of a forward pass one by one takes a GPU's host longer
+        than a small model takes to compute. Everything a round reads and writes has its fixed
+        place in this object, so a recording can be replayed as it is.
+        """
+        state = [self.tail, *(cache.position for cache in self.caches)]
+        saved = [tensor.clone() for tensor in state]
+
+        def restore() -> None:
+            for tensor, value in zip(state, saved):
+                tensor.copy_(value)
+
+        def capture(step: Callable, *inputs):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):         # compiles, and lets libraries allocate
+                for _ in range(2):
+                    step(*inputs)
+                    restore()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):           # records without running
+                output = step(*inputs)
+            graph.replay()                          # the next step reads this one's output
+            return graph, output
+
+        try:
+            if G:
+                propose, drafts = capture(self.propose, G)
+                decide, output = capture(self.decide, *drafts)
+                graphs, eager = [propose, decide], lambda: self.decide(*self.propose(G))
+            else:
+                graph, output = capture(self.plain_step)
+                graphs, eager = [graph], self.plain_step
+            replayed = output.clone()
+            restore()
+            if not torch.equal(replayed[:, :G + 2], eager()[:, :G + 2]):
+                raise RuntimeError("a replayed round gave other tokens")
+            self.graphs[G] = graphs, output
+        except RuntimeError as error:
+            print(f"graphs are off: they misbehave here ({error})", file=sys.stderr)
+            self.graphs = None
+        restore()
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None,
@@ -310,7 +390,7 @@ class Decoder:
             G = self.auto.choose() if self.auto else self.gamma
             self.u[:, :2 * G + 1] = torch.stack([
                 torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators])
-            result = self.decide(*self.propose(G)) if G else self.plain_step()
+            result = self.round(G)
             done = Round([[] for _ in prompts], [0] * len(prompts), [[] for _ in prompts])
             for b, row in enumerate(result.tolist()):   # the one synchronisation of a round
                 if not limit[b]:
