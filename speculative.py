@@ -436,8 +436,8 @@ def complete(target: Transformer, prompts: list[list[int]], max_new_tokens: int,
 
 # ----------------------------------------------------------------------------------- the comparison
 
-def step_costs(plain: Decoder, fast: Decoder, prompt: list[int]) -> tuple[float, float]:
-    """c and t(G+1)/t(1): seconds of one draft step and of a verification, over a plain step's."""
+def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tuple[float, float]:
+    """c and t(G+1)/t(1): what one draft and one verification cost, in plain steps of the target."""
     def seconds(decoder: Decoder, step: Callable) -> float:
         times = []
         for _ in range(30):
@@ -453,10 +453,15 @@ def step_costs(plain: Decoder, fast: Decoder, prompt: list[int]) -> tuple[float,
     with torch.inference_mode():
         plain.start([prompt])
         fast.start([prompt])
-        drafts = fast.propose(fast.gamma)
-        one = seconds(plain, plain.plain_step)
-        return (seconds(fast, lambda: fast.propose(fast.gamma)) / fast.gamma / one,
-                seconds(fast, lambda: fast.decide(*drafts)) / one)
+        if fast.graphs is not None:
+            fast.round(G)                                       # gamma "auto": not recorded yet
+            steps = [g.replay for decoder, n in ((plain, 0), (fast, G)) for g in decoder.graphs[n][0]]
+        else:
+            drafts = fast.propose(G)
+            steps = [plain.plain_step, lambda: fast.propose(G), lambda: fast.decide(*drafts)]
+        one, propose, decide = (seconds(decoder, step)
+                                for decoder, step in zip((plain, fast, fast), steps))
+    return propose / G / one, decide / one
 
 
 def synchronize(device: torch.device) -> None:
@@ -464,39 +469,41 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(target: Transformer, draft: Transformer, prompts: list[list[int]],
-            max_new_tokens: int, gamma: int | str, seed: int = 0, eos_id: int | None = None,
-            stop: Callable | None = None, **sampling) -> tuple[dict, list, list]:
+def compare(target: Transformer, draft: Transformer, prompts: list[list[int]], max_new_tokens: int,
+            gamma: int | str, eos_id: int | None = None, seed: int = 0, graphs: bool = False,
+            stop: Callable | None = None, watch: Callable | None = None, **sampling) -> dict:
     """Decode each prompt plainly and speculatively, in turns so that a drift of the machine's
-    speed meets both. Returns the figures, and each prompt's rounds of both."""
+    speed meets both; returns the figures. watch(side, prompt's index, Round) sees every round."""
     length = max(map(len, prompts)) + max_new_tokens
-    decoders = [Decoder(target, None, length=length, **sampling),
-                Decoder(target, draft, gamma, length=length, **sampling)]
-    stats, rounds = [Stats(), Stats()], [[], []]
+    decoders = [Decoder(target, None, length=length, graphs=graphs, **sampling),
+                Decoder(target, draft, gamma, length=length, graphs=graphs, **sampling)]
     for decoder in decoders:                                    # warm up
-        list(decoder.generate(prompts[:1], min(8, max_new_tokens)))
+        list(decoder.generate(prompts[:1], min(32, max_new_tokens)))
+    stats, texts = [Stats(), Stats()], [[], []]
     for i, prompt in enumerate(prompts):
-        for k in (0, 1) if i % 2 else (1, 0):
-            rounds[k].append(list(decoders[k].generate([prompt], max_new_tokens, eos_id,
-                                                       seed + i, stats[k], stop)))
-    texts = [[[t for done in row for t in done.tokens[0]] for row in side] for side in rounds]
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
+            texts[side].append([])
+            for done in decoders[side].generate([prompt], max_new_tokens, eos_id, seed + i,
+                                                stats[side], stop):
+                texts[side][-1] += done.tokens[0]
+                if watch:
+                    watch(side, i, done)
     plain, fast = stats
     figures = {
-        "plain_tokens_per_s": plain.tokens_per_s,
-        "speculative_tokens_per_s": fast.tokens_per_s,
+        "plain_tokens_per_s": plain.tokens_per_s, "speculative_tokens_per_s": fast.tokens_per_s,
         "speedup": fast.tokens_per_s / plain.tokens_per_s,
         "accepted_per_drafted": fast.accepted_per_drafted,
         "alpha": fast.alpha, "alpha_overlap": fast.alpha_overlap,
-        "tokens_per_round": fast.tokens_per_round, "gamma": gamma,
-        "greedy_match": texts[0] == texts[1] if not sampling.get("temperature") else None,
-        "prompts": len(prompts), "tokens": fast.emitted,
         "tested_at": fast.tested_at, "accepted_at": fast.accepted_at,
-        "predicted_speedup": None}
-    if gamma != "auto":
-        c, v = step_costs(*decoders, prompts[0])
-        figures |= {"draft_cost": c, "verify_cost": v, "predicted_speedup":
-                    expected_tokens(fast.alpha_overlap, gamma) / (gamma * c + v)}
-    return figures, *rounds
+        "tokens_per_round": fast.tokens_per_round, "gamma": gamma,
+        "mean_gamma": fast.drafted / fast.rounds, "prompts": len(prompts), "tokens": fast.emitted,
+        "greedy_match": texts[0] == texts[1] if not sampling.get("temperature") else None}
+    # What the formula makes of the measured acceptance and costs (Leviathan, Theorem 3.8, which
+    # takes a verification to cost as much as one token; here its measured cost counts).
+    G = round(figures["mean_gamma"])
+    c, v = step_costs(*decoders, prompts[0], G)
+    return figures | {"draft_cost": c, "verify_cost": v, "predicted_speedup":
+                      expected_tokens(fast.alpha_overlap, G) / (G * c + v)}
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -571,12 +578,10 @@ class Display:
 def print_table(title: str, figures: dict) -> None:
     f = figures
     agree = {True: "equal", False: "DIFFERENT", None: "not compared (sampled)"}[f["greedy_match"]]
-    predicted = f["predicted_speedup"]
     rows = [("plain decoding", f"{f['plain_tokens_per_s']:.1f} tokens/s"),
             ("speculative decoding", f"{f['speculative_tokens_per_s']:.1f} tokens/s"),
-            ("speed-up", f"{f['speedup']:.2f}x" + (
-                f" (predicted {predicted:.2f}x: a draft step costs {f['draft_cost']:.3f}, verifying "
-                f"{f['verify_cost']:.2f} plain steps)" if predicted else "")),
+            ("speed-up", f"{f['speedup']:.2f}x (predicted {f['predicted_speedup']:.2f}x: a draft "
+                         f"costs {f['draft_cost']:.3f}, verifying {f['verify_cost']:.2f} steps)"),
             ("accepted / drafted", f"{f['accepted_per_drafted']:.3f} with gamma {f['gamma']}"),
             ("alpha (accepted / tested)", f"{f['alpha']:.3f}; by sum min(p, q) "
                                           f"{f['alpha_overlap']:.3f}"),
@@ -591,6 +596,7 @@ def print_table(title: str, figures: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Decode plainly and speculatively, and compare.")
+    parser.error = lambda message: parser.exit(2, f"speculative.py: error: {message}\n")
     add = parser.add_argument
     add("--target", default="out/demo-target", help="checkpoint folder (default: %(default)s)")
     add("--draft", default="out/demo-draft", help="checkpoint folder (default: %(default)s)")
@@ -606,6 +612,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0)
     add("--device", help="cpu or cuda (also ROCm); default: the best there is")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    add("--graphs", action="store_true", help="compiled, as CUDA graphs; starts up for a minute")
     add("--verbose", action="store_true", help="list each round's drafts, accepted and rejected")
     add("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)
@@ -629,20 +636,23 @@ def run(args: argparse.Namespace) -> None:
         prompts[0].insert(0, target.config.bos_token_id)
     stop = args.stop and (lambda new: any(s in tokenizer.decode(new) for s in args.stop))
 
-    results = {}
+    results, displays = {}, {}
+
+    def watch(side: int, i: int, done: Round) -> None:
+        """Stream the first prompt's text, once from each side."""
+        if i == 0 and not results:
+            if side not in displays:
+                print(f"\n\n--- {('plain', 'speculative')[side]} decoding")
+                displays[side] = Display(tokenizer, prompts[0], args.verbose)
+            displays[side].show(done)
+
+    print(f"prompt: {tokenizer.decode(prompts[0])}", end="")
     temperatures = [args.temperature] if args.temperature is not None else (
         [0.0] if text is not None else [0.0, 0.8])
     for temperature in temperatures:
-        figures, plain, fast = compare(
-            target, draft, prompts, args.max_new_tokens, gamma, args.seed, tokenizer.eos_id, stop,
-            temperature=temperature, top_k=args.top_k, top_p=args.top_p)
-        if not results:
-            for name, rounds in (("plain", plain[0]), ("speculative", fast[0])):
-                print(f"--- {name}, from: {tokenizer.decode(prompts[0])[-200:]!r}")
-                display = Display(tokenizer, prompts[0], args.verbose)
-                for done in rounds:
-                    display.show(done)
-                print()
+        figures = compare(target, draft, prompts, args.max_new_tokens, gamma, tokenizer.eos_id,
+                          args.seed, args.graphs, stop, watch, temperature=temperature,
+                          top_k=args.top_k, top_p=args.top_p)
         mode = "greedy" if temperature == 0 else f"temperature {temperature}"
         print_table(f"{mode}, {args.dtype}, {device}", figures)
         if results:
