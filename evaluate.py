@@ -21,6 +21,7 @@ import argparse
 import gzip
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -34,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -43,9 +44,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Corpus, Tokenizer, load_tokenizer
-from model import Cache, Transformer, pack_for_decoding, resolve_device, write_atomically
-from speculative import Stats, complete
+from data import Corpus, Tokenizer
+from model import Cache, Transformer, resolve_device, write_atomically
+from speculative import Decoder, Stats, load, load_pair
 
 
 # ------------------------------------------------------------- rows to requests: the ten prompts
@@ -104,7 +105,8 @@ def wsc(row: dict) -> Question:
 
 def mmlu(row: dict) -> Question:
     options = "\n".join(f"{letter}. {row['choices'][i]}" for i, letter in enumerate("ABCD"))
-    return choose(f"{row['question'].strip()}\n{options}\nAnswer:", list("ABCD"), row["answer"])
+    question = choose(f"{row['question'].strip()}\n{options}\nAnswer:", list("ABCD"), row["answer"])
+    return question._replace(subject=row["subject"].replace("_", " "))
 
 
 def lambada_openai(row: dict) -> Question:
@@ -138,181 +140,147 @@ class Task(NamedTuple):
     prompt: Callable[[dict], Question]
     split: str              # what the name of the file with the rows says
     amd: float              # AMD-Llama-135m's published accuracy, at 0 shots and without BOS
-    norm: bool = False      # also with log-likelihoods divided by the choices' lengths
+    metrics: tuple = ("acc",)
 
 
+TWO = ("acc", "acc_norm")   # the second divides log-likelihoods by the choices' characters
 TASKS = {
-    "sciq": Task(sciq, "test|valid", 0.7610, norm=True),    # the test split where it is there
+    "sciq": Task(sciq, "test|valid", 0.7610, TWO),      # the test split where it is there
     "winogrande": Task(winogrande, "valid", 0.5012),
-    "piqa": Task(piqa, "valid", 0.6420, norm=True),
+    "piqa": Task(piqa, "valid", 0.6420, TWO),
     "wsc": Task(wsc, "valid", 0.3654),
     "mmlu": Task(mmlu, "test", 0.2302),
     "lambada_openai": Task(lambada_openai, "test", 0.3330),
-    "arc_easy": Task(arc, "test", 0.4364, norm=True),
-    "arc_challenge": Task(arc, "test", 0.1911, norm=True),
-    "logiqa": Task(logiqa, "test", 0.2120, norm=True),
-    "hellaswag": Task(hellaswag, "valid", 0.3048, norm=True),
+    "arc_easy": Task(arc, "test", 0.4364, TWO),
+    "arc_challenge": Task(arc, "test", 0.1911, TWO),
+    "logiqa": Task(logiqa, "test", 0.2120, TWO),
+    "hellaswag": Task(hellaswag, "valid", 0.3048, TWO),
 }
 
 
-def read_rows(data: Path, name: str, split: str) -> list[tuple[str, dict]]:
-    """The rows of DATA/NAME/*SPLIT*.jsonl, fields as on the Hub, each with its "file:line"."""
+def read_rows(folder: Path, split: str) -> Iterator[tuple[str, dict]]:
+    """Each row, in the Hub's fields, of FOLDER/*SPLIT*.jsonl, with its "file:line"."""
     for wanted in split.split("|"):
-        files = sorted(file for file in (data / name).glob("*")
+        files = sorted(file for file in folder.glob("*.*")
                        if file.suffix in (".jsonl", ".txt") and wanted in file.stem.lower())
         if files:
             break
     else:
-        raise ValueError(f"{data / name} holds no *{wanted}*.jsonl: put the rows of {name} there, "
-                         f"or fetch them with `python data.py fetch {name}`")
-    rows = []
+        raise ValueError(f"{folder} holds no *{wanted}*.jsonl: put the task's rows there, or fetch "
+                         f"them with `python data.py fetch {folder.name}`")
+
+    def tidy(text: str) -> str:
+        return text.replace(".", ". ").strip()
+
     for file in files:
         lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        if file.suffix == ".txt":       # LogiQA as published: a blank line, the letter, 7 texts
-            def tidy(text: str) -> str:
-                return text.replace(".", ". ").strip()
+        if file.suffix == ".txt":       # LogiQA's own form: a blank line, the letter, 6 texts
             for i in range(0, len(lines) - 7, 8):
                 _, letter, context, question, *options = lines[i:i + 8]
-                rows.append((f"{file}:{i + 1}", {
+                yield f"{file}:{i + 2}", {
                     "label": letter.strip(), "context": tidy(context), "question": tidy(question),
-                    "options": [tidy(option[2:]) for option in options]}))
+                    "options": [tidy(option[2:]) for option in options]}
             continue
         for number, line in enumerate(lines, 1):
             try:
-                rows.append((f"{file}:{number}", json.loads(line)))
+                yield f"{file}:{number}", json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{file}:{number}: not a JSON object ({error})") from None
-    return rows
 
 
 def build(data: Path, name: str, shots: int = 0, limit: int | None = None) -> list[Question]:
-    """The questions of a task, each behind `shots` solved examples."""
+    """The questions of DATA/NAME, each behind `shots` solved examples."""
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: expected all, or some of {', '.join(TASKS)}")
-    task = TASKS[name]
+        raise ValueError(f"unknown task {name!r}: expected all, or some of {','.join(TASKS)}")
 
-    def ask(place: str, row: dict) -> Question:
-        try:
-            question = task.prompt(row)._replace(place=place)
-            if not 0 <= question.gold < len(question.requests):
-                raise ValueError(f"no choice has the number {question.gold}")
-            if not all(answer.strip() for answer in question.answers):
-                raise ValueError("a choice is empty")
-            return question._replace(subject=row["subject"] if name == "mmlu" else "")
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{place}: this is no row of {name} ({error!r})") from None
+    def read(split: str) -> list[Question]:
+        questions = []
+        for place, row in read_rows(data / name, split):
+            try:
+                question = TASKS[name].prompt(row)
+                assert 0 <= question.gold < len(question.answers) and all(question.answers)
+            except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"{place}: not a row of {name} with choices and the number of the "
+                                 f"right one ({error!r}): correct it or leave it out") from None
+            questions.append(question._replace(place=place))
+        return questions
 
-    rows = read_rows(data, name, task.split)
-    # LAMBADA has no training rows: its examples are other rows of the test.
-    split = {"mmlu": "dev", "lambada_openai": task.split}.get(name, "train")
-    pool = [ask(*row) for row in read_rows(data, name, split)] if shots else []
-    rng = random.Random(1234)           # the harness's seed, drawn from row by row as it does
-    questions = []
-    for row in rows[:limit]:
-        question, head = ask(*row), ""
-        examples = []
-        if name == "mmlu":
+    questions = read(TASKS[name].split)[:limit]
+    # LAMBADA has no other rows than the test's. Examples are drawn as the harness draws them, from
+    # its seed, row by row; where a task has no test split, one more, lest it is the row itself.
+    split = {"mmlu": "dev", "lambada_openai": "test"}.get(name, "train")
+    pool, spare = read(split) if shots else [], TASKS[name].split == "valid"
+    rng = random.Random(1234)
+    for i, question in enumerate(questions):
+        head, choice = "", pool
+        if name == "mmlu":              # the first examples of the subject, none drawn
             head = ("The following are multiple choice questions (with answers) about "
-                    f"{question.subject.replace('_', ' ')}.\n\n")
-            examples = [x for x in pool if x.subject == question.subject][:shots]
-        elif shots:
-            others = [x for x in rng.sample(pool, min(shots + (split == task.split), len(pool)))
-                      if x.place != question.place]
-            examples = others[:shots]
-        if len(examples) < shots:
-            raise ValueError(f"{question.place}: {shots} shots asked for, the {split} rows give "
-                             f"{len(examples)}")
-        for example in examples:
-            head += "".join(example.requests[example.gold]) + "\n\n"
-        questions.append(question._replace(requests=[
-            (head + context, continuation) for context, continuation in question.requests]))
+                    f"{question.subject}.\n\n")
+            choice = [x for x in pool if x.subject == question.subject]
+        if shots and len(choice) < shots + spare:
+            raise ValueError(f"{data / name} has {len(choice)} {split} rows for {question.place}, "
+                             f"too few for {shots} shots")
+        if shots and name != "mmlu":
+            choice = [x for x in rng.sample(pool, shots + spare)
+                      if not spare or x.requests != question.requests]
+        for example in choice[:shots]:
+            context, continuation = example.requests[example.gold]
+            # (The harness puts two spaces before the word that LAMBADA's examples end with.)
+            head += context + " " * (name == "lambada_openai") + continuation + "\n\n"
+        questions[i] = question._replace(requests=[
+            (head + context, continuation) for context, continuation in question.requests])
     return questions
 
 
-def fingerprint(questions: list[Question]) -> str:
-    """The same hash is the same protocol on the same rows, whoever wrote the program."""
-    requests = [request for question in questions for request in question.requests]
-    return hashlib.sha256(json.dumps(requests).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------ log-likelihoods to scores
 
 def mean_and_error(values: list[float], groups: list[str] | None = None) -> tuple[float, float]:
     """A mean and its standard error; over groups (MMLU's subjects), their pooled variance's."""
-    n, mean = len(values), sum(values) / len(values)
-    by_group: dict[str, list[float]] = {}
+    n, by_group = len(values), defaultdict(list)
     for value, group in zip(values, groups or [""] * n):
-        by_group.setdefault(group, []).append(value)
+        by_group[group].append(value)
     squares = sum((x - sum(xs) / len(xs)) ** 2 for xs in by_group.values() for x in xs)
-    return mean, math.sqrt(squares / max(1, n - len(by_group)) / n)
+    return sum(values) / n, math.sqrt(squares / max(1, n - len(by_group)) / n)
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one (Chen et al. 2021, eq. 1)."""
-    return 1.0 if n - c < k else 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+def fingerprint(requests: list) -> str:
+    """The same hash is the same protocol on the same rows, whoever wrote the program."""
+    return hashlib.sha256(json.dumps(requests).encode()).hexdigest()
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided p of so uneven a split of the rows that only one of two models solves."""
-    n = only_a + only_b
-    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2 ** n)
-
-
-def grade(task: Task, questions: list[Question], scores) -> tuple[dict, list[dict]]:
-    """Scores of a task and one record a row, from each request's (log-likelihood, is greedy)."""
+def grade(name: str, questions: list[Question],
+          scores: list[list[tuple[float, bool]]]) -> tuple[dict, list[dict]]:
+    """A task's scores and one record a row, from each request's (log-likelihood, is greedy)."""
     rows, answers = [], set()
     for question, score in zip(questions, scores):
-        totals = [total for total, _ in score]
-        row = {"row": question.place, "gold": question.gold, "log_likelihoods": totals}
-        if len(totals) == 1:
+        sums = [logp for logp, _ in score]
+        row = {"task": name, "row": question.place, "gold": question.gold, "log_likelihoods": sums}
+        if len(sums) == 1:
             row["acc"] = int(score[0][1])
-        else:                           # index() gives the first of equals
-            row["answer"] = totals.index(max(totals))
-            row["acc"] = int(row["answer"] == question.gold)
-            answers.add(question.answers[row["answer"]])
-        if task.norm:                   # by the characters of the choice, not by its tokens
-            per_character = [total / len(answer)
-                             for total, answer in zip(totals, question.answers)]
+        else:                           # index() takes the first of equals
+            per_character = [logp / len(text) for logp, text in zip(sums, question.answers)]
+            row["acc"] = int(sums.index(max(sums)) == question.gold)
             row["acc_norm"] = int(per_character.index(max(per_character)) == question.gold)
+            answers.add(question.answers[sums.index(max(sums))])
         rows.append(row)
     n, result = len(rows), {}
-    for metric in ("acc", "acc_norm")[:1 + task.norm]:
+    for metric in TASKS[name].metrics:
         result[metric], result[metric + "_stderr"] = mean_and_error(
             [row[metric] for row in rows], [question.subject for question in questions])
-    if task.prompt is lambada_openai:
+    if name == "lambada_openai":
         result["perplexity"] = math.exp(-sum(row["log_likelihoods"][0] for row in rows) / n)
     right = Counter(question.answers[question.gold] for question in questions)
     return result | {
-        "n": n, "amd": task.amd, "sha256": fingerprint(questions),
-        "chance": sum(1 / len(row["log_likelihoods"]) for row in rows if "answer" in row) / n,
-        # What a model would score that gives one and the same text for every answer.
-        "best_constant": right.most_common(1)[0][1] / n,
-        "always": answers.pop() if n > 1 and len(answers) == 1 else None}, rows
+        "n": n, "chance": sum(1 / len(x.answers) for x in questions if len(x.answers) > 1) / n,
+        # What a model scores that gives one text, the best one, as the answer to everything.
+        "best_constant": max(right.values()) / n,
+        "always": answers.pop() if n > 1 and len(answers) == 1 else None, "amd": TASKS[name].amd,
+        "sha256": fingerprint([pair for question in questions for pair in question.requests])}, rows
 
 
-# ---------------------------------------------------------------- requests to tokens to likelihood
+# ------------------------------------------------------- requests to tokens, tokens to likelihoods
 
-# What is scored: tokens, and how many of the last of them (the others are only read).
-Request = tuple[list[int], int]
-
-
-def encode(question: Question, tokenizer: Tokenizer, bos: bool, max_len: int) -> list[Request]:
-    """Tokenize context and continuation together: the continuation is what the context leaves.
-
-    What is too long for the model loses its beginning; the last token is foretold, not read."""
-    requests = []
-    for context, continuation in question.requests:
-        head = context.rstrip()         # white space belongs to the token that follows it
-        before = tokenizer.encode(head)
-        tokens = tokenizer.encode(context + continuation)
-        count = len(tokens) - len(before)
-        if not 1 <= count <= max_len:
-            raise ValueError(f"{question.place}: the continuation {continuation[:40]!r} has {count} "
-                             f"tokens of its own, expected 1 to {max_len}: leave this row out")
-        tokens = [start_of_text(tokenizer)] * (bos or not before) + tokens
-        requests.append((tokens[-(max_len + 1):], count))
-    return requests
+Request = tuple[list[int], int]     # tokens, and how many of the last of them are scored
 
 
 def start_of_text(tokenizer: Tokenizer) -> int:
@@ -320,12 +288,43 @@ def start_of_text(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
+def encode(question: Question, tokenizer: Tokenizer, bos: bool, max_len: int) -> list[Request]:
+    """Context and continuation are tokenized as one text, and what the context's own tokens leave
+    of it is scored. What is too long loses its beginning; the last token is foretold, not read."""
+    requests = []
+    for context, continuation in question.requests:
+        # White space at the end of a context belongs to the token that follows it.
+        before, whole = tokenizer.encode(context.rstrip()), tokenizer.encode(context + continuation)
+        count = len(whole) - len(before)
+        if not 1 <= count <= max_len:
+            raise ValueError(f"{question.place}: {count} tokens of {continuation[:40]!r} are its "
+                             f"own, expected 1 to {max_len}: leave this row out")
+        whole = [start_of_text(tokenizer)] * (bos or not before) + whole
+        requests.append((whole[-(max_len + 1):], count))
+    return requests
+
+
 def windows(tokens: list[int], first: int, max_len: int) -> list[Request]:
-    """Rolling windows: every token is scored once, the last window reads what fills it up."""
-    tokens = [first, *tokens]           # `first` is never scored
+    """Rolling windows: each token is scored once, `first` never; the last is filled to the left."""
+    tokens = [first, *tokens]
+    starts = range(1, len(tokens), max_len)
+    ends = [min(start + max_len, len(tokens)) for start in starts]
     return [(tokens[max(0, end - max_len - 1):end], end - start)
-            for start in range(1, len(tokens), max_len)
-            for end in [min(start + max_len, len(tokens))]]
+            for start, end in zip(starts, ends)]
+
+
+def progress(title: str, total: int) -> Callable[[int], None]:
+    """One line on a terminal: how many, how fast, how long it will still take."""
+    began, done = time.perf_counter(), 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        rate = done / max(time.perf_counter() - began, 1e-9)
+        if sys.stderr.isatty():
+            print(f"\r{title} {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left  ",
+                  end="\r" if done < total else "\n", file=sys.stderr, flush=True)
+    return advance
 
 
 @torch.inference_mode()
@@ -350,7 +349,7 @@ def score(model: Transformer, questions: list[list[Request]],
             for shared, requests in groups]
     order = sorted(range(len(groups)), key=lambda i: (rest[i].bit_length(), len(groups[i][0])))
     results: list = [None] * firsts[-1]
-    progress = Progress(title, firsts[-1])
+    advance = progress(title, firsts[-1])
     while order:
         batch, rows, R = [], 0, 0
         P = max(1, len(groups[order[-1]][0]))
@@ -363,7 +362,7 @@ def score(model: Transformer, questions: list[list[Request]],
         for i in batch:
             for number in range(firsts[i], firsts[i + 1]):
                 results[number] = next(done)
-        progress.advance(sum(len(groups[i][1]) for i in batch))
+        advance(sum(len(groups[i][1]) for i in batch))
     in_order = iter(results)
     return [[next(in_order) for _ in question] for question in questions]
 
@@ -403,27 +402,18 @@ def score_batch(model: Transformer, groups: list[tuple[list[int], list[Request]]
         yield float(logp.sum()), bool(hit.all())
 
 
-class Progress:
-    """One line on a terminal: how many, how fast, how long it will still take."""
+# --------------------------------------------------------------------------- a checkpoint's scores
 
-    def __init__(self, title: str, total: int):
-        self.title, self.total, self.done, self.began = title, total, 0, time.perf_counter()
+def line(name: str, *cells) -> None:
+    """A line of a table, with nothing for None."""
+    texts = ("" if x is None else str(x) if not isinstance(x, float) else
+             f"{x:.4f}" if x < 100 else f"{x:.1f}" if x < 1e6 else f"{x:.2e}" for x in cells)
+    print(f"{name:<22}" + "".join(f"{text:>11}" for text in texts), flush=True)
 
-    def advance(self, n: int) -> None:
-        self.done += n
-        rate = self.done / max(time.perf_counter() - self.began, 1e-9)
-        if sys.stderr.isatty():
-            print(f"\r{self.title} {self.done}/{self.total}, {rate:.0f}/s, "
-                  f"{(self.total - self.done) / rate:.0f} s left ", file=sys.stderr, flush=True,
-                  end="\n" if self.done == self.total else "")
-
-
-# ------------------------------------------------------------------------- a checkpoint's scores
 
 def held_out(folder: str) -> dict[str, list[str]]:
     """The validation documents of prepared data by source, as text, which any tokenizer reads."""
-    corpus = Corpus(folder, "val")
-    texts = {}
+    corpus, texts = Corpus(folder, "val"), {}
     for source in corpus.sources:
         tokens = np.asarray(corpus.tokens(source)[:])
         ends = np.flatnonzero(tokens == corpus.tokenizer.eos_id)
@@ -432,155 +422,133 @@ def held_out(folder: str) -> dict[str, list[str]]:
     return texts
 
 
-def measure_texts(model: Transformer, tokenizer: Tokenizer, source: str,
-                  texts: list[str]) -> tuple[dict, list[dict]]:
+def measure(model: Transformer, tokenizer: Tokenizer, source: str,
+            texts: list[str]) -> tuple[dict, list[dict]]:
     """Bits per byte and the perplexities of documents, and one record a document."""
     rows, requests, owners = [], [], []
     for number, text in enumerate(texts):
         tokens = tokenizer.encode(text)
-        rows.append({"task": source, "row": number, "log_likelihood": 0.0, "tokens": len(tokens),
+        rows.append({"task": source, "row": number, "nats": 0.0, "tokens": len(tokens),
                      "words": len(re.split(r"\s+", text)), "bytes": len(text.encode())})
-        for window in windows(tokens, start_of_text(tokenizer),
-                              model.config.max_position_embeddings):
-            requests.append([window])
-            owners.append(number)
-    for owner, [(logp, _)] in zip(owners, score(model, requests, source)):
-        rows[owner]["log_likelihood"] += logp
-    total = {name: sum(row[name] for row in rows)
-             for name in ("log_likelihood", "tokens", "words", "bytes")}
+        parts = windows(tokens, start_of_text(tokenizer), model.config.max_position_embeddings)
+        requests += [[part] for part in parts]
+        owners += [rows[-1]] * len(parts)
+    for row, [(logp, _)] in zip(owners, score(model, requests, source)):
+        row["nats"] -= logp
+    total = {unit: sum(row[unit] for row in rows) for unit in ("nats", "tokens", "words", "bytes")}
     if not total["tokens"]:
-        raise ValueError(f"{source} holds no text to score: expected at least one token")
-    nats = -total["log_likelihood"]
-    return {"documents": len(rows), **total, "bits_per_byte": nats / total["bytes"] / math.log(2),
-            **{f"{unit}_perplexity": math.exp(min(nats / total[unit + "s"], 700))
+        raise ValueError(f"{source} holds no text: expected at least one token to score")
+    return {"documents": len(rows), **total,
+            "bits_per_byte": total["nats"] / total["bytes"] / math.log(2),
+            **{f"{unit}_perplexity": math.exp(min(700.0, total["nats"] / total[unit + "s"]))
                for unit in ("token", "word", "byte")}}, rows
 
 
-def run_settings(args, model: Transformer, tokenizer: Tokenizer) -> dict:
-    """What two runs must share to be compared, and what else one wants to know later."""
-    return {"bos": args.bos, "dtype": str(model.dtype).removeprefix("torch."),
-            "max_len": model.config.max_position_embeddings, "device": str(model.device),
-            "tokenizer": tokenizer.sha256, "python": platform.python_version(),
-            "torch": torch.__version__,
-            **{name: value for name, value in vars(args).items()
-               if type(value) in (int, float, str) and name not in ("device", "dtype")}}
+def settings_of(args, model: Transformer, tokenizer: Tokenizer) -> dict:
+    """What two runs must share to be compared, and what else one will want to know later."""
+    if args.bos and tokenizer.bos_id is None:
+        raise ValueError("--bos: the checkpoint's tokenizer has no BOS token; leave --bos out")
+    return vars(args) | {
+        "max_len": model.config.max_position_embeddings, "device": str(model.device),
+        "tokenizer": tokenizer.sha256, "python": platform.python_version(),
+        "torch": torch.__version__}
 
 
 def write_run(path: str | None, report: dict, rows: list[dict]) -> None:
-    """FILE with the scores, and beside it FILE's name in .jsonl with one line a row."""
+    """The scores as FILE, and beside it, ending in .jsonl, one line a row."""
     if path:
         write_atomically(Path(path).with_suffix(".jsonl"),
-                         ((json.dumps(row) + "\n").encode() for row in rows))
-        write_atomically(Path(path), [(json.dumps(report, indent=1) + "\n").encode()])
-
-
-def load(args, folder: str) -> tuple[Transformer, Tokenizer]:
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    model = Transformer.from_pretrained(folder, resolve_device(args.device), dtype).eval()
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise ValueError(f"{folder}: its tokenizer has {tokenizer.n_vocab} entries, its model "
-                         f"{model.config.vocab_size}: put the tokenizer there that it learnt with")
-    if args.bos and tokenizer.bos_id is None:
-        raise ValueError(f"--bos: the tokenizer in {folder} has no BOS token; leave --bos out")
-    return model, tokenizer
+                         (json.dumps(row).encode() + b"\n" for row in rows))
+        write_atomically(Path(path), [json.dumps(report, indent=1).encode() + b"\n"])
 
 
 def run_scores(args) -> None:
     names = list(TASKS) if args.tasks == "all" else args.tasks.split(",") if args.tasks else []
     if names and not args.data:
-        raise ValueError("--tasks needs --data DIR, the folder with a folder of rows for each task")
-    questions = {name: build(Path(args.data), name, args.shots, args.limit) for name in names}
-    texts = {}
-    if args.text:
-        texts[Path(args.text).name] = [Path(args.text).read_text(encoding="utf-8")]
-    elif not names:
-        texts = held_out(args.data or "out/data-demo")
-    model, tokenizer = load(args, args.checkpoint)
-    report: dict = {"settings": run_settings(args, model, tokenizer), "texts": {}, "tasks": {}}
+        raise ValueError("--tasks needs --data DIR, which holds a folder of rows for each task")
+    asked = {name: build(Path(args.data), name, args.shots, args.limit) for name in names}
+    texts = {args.text: [Path(args.text).read_text(encoding="utf-8")]} if args.text else (
+        {} if names else held_out(args.data or "out/data-demo"))
+    model, tokenizer = load(args.checkpoint, resolve_device(args.device),
+                            getattr(torch, args.dtype))
+    report = {"settings": settings_of(args, model, tokenizer), "texts": {}, "tasks": {}}
     rows = []
     if texts:
-        print(f"{'source':<18}{'documents':>10}{'tokens':>10}{'bytes':>11}{'bits/byte':>11}"
-              f"{'ppl/token':>11}{'ppl/word':>12}{'ppl/byte':>10}")
+        line("source", "documents", "bytes", "bits/byte", "ppl/token", "ppl/word", "ppl/byte")
     for source, documents in texts.items():
-        result, records = measure_texts(model, tokenizer, source, documents[:args.limit])
+        result, records = measure(model, tokenizer, source, documents[:args.limit])
         report["texts"][source], rows = result, rows + records
-        print(f"{source:<18}{result['documents']:>10}{result['tokens']:>10}{result['bytes']:>11}"
-              f"{result['bits_per_byte']:>11.4f}{result['token_perplexity']:>11.4g}"
-              f"{result['word_perplexity']:>12.4g}{result['byte_perplexity']:>10.4g}", flush=True)
+        line(source[-22:], *(result[key] for key in (
+            "documents", "bytes", "bits_per_byte", "token_perplexity", "word_perplexity",
+            "byte_perplexity")))
     if names:
-        print(f"{'task':<16}{'metric':<11}{'score':>8}{'stderr':>9}{'n':>7}{'chance':>8}"
-              f"{'constant':>10}{'AMD':>8}{'cut':>6}")
-    for name, asked in questions.items():
-        requests = [encode(question, tokenizer, args.bos, model.config.max_position_embeddings)
-                    for question in asked]
-        result, records = grade(TASKS[name], asked, score(model, requests, name))
-        result["cut"] = sum(cut for *_, cut in requests)
-        report["tasks"][name] = result
-        rows += [{"task": name, **record} for record in records]
-        for metric in ("acc", "acc_norm")[:1 + TASKS[name].norm]:
-            print(f"{name:<16}{metric:<11}{result[metric]:>8.4f}{result[metric + '_stderr']:>9.4f}"
-                  f"{result['n']:>7}{result['chance']:>8.4f}{result['best_constant']:>10.4f}"
-                  f"{format(result['amd'], '8.4f') if metric == 'acc' else '':>8}"
-                  f"{result['cut']:>6}", flush=True)
+        line("task", "metric", "score", "stderr", "n", "chance", "constant", "AMD", "cut")
+    for name, questions in asked.items():
+        max_len = model.config.max_position_embeddings
+        requests = [encode(question, tokenizer, args.bos, max_len) for question in questions]
+        result, records = grade(name, questions, score(model, requests, name))
+        result["cut"] = sum(len(tokens) > max_len for group in requests for tokens, _ in group)
+        report["tasks"][name], rows = result, rows + records
+        for metric in TASKS[name].metrics:
+            line(name, metric, result[metric], result[metric + "_stderr"], result["n"],
+                 result["chance"], result["best_constant"],
+                 result["amd"] if metric == "acc" else None, result["cut"])
         if "perplexity" in result:
-            print(f"{name:<16}{'perplexity':<11}{result['perplexity']:>8.4g}")
+            line(name, "perplexity", result["perplexity"])
         if result["always"]:
-            print(f"warning: {name}: every answer is {result['always']!r}, whatever the question")
+            print(f"warning: {name}: every answer is {result['always']!r}, whatever was asked")
     write_run(args.json, report, rows)
 
 
-# ---------------------------------------------------------------------------------------- compare
+# --------------------------------------------------------------------------- comparing checkpoints
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """The exact two-sided p of so uneven a split of the rows that only one of the two solves."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2 ** n)
+
 
 def run_compare(args) -> None:
-    """Two checkpoints on the same rows: paired, since most of the spread is the rows' own."""
+    """Row against row: most of the spread of a score is the rows', and that the two share."""
     runs, rows = [], []
     for path in map(Path, (args.a, args.b)):
         runs.append(json.loads(path.read_text(encoding="utf-8")))
-        lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
-        rows.append([json.loads(line) for line in lines])
-    a, b = (run["settings"] for run in runs)
-    for name in ("bos", "dtype", "max_len"):
-        if a[name] != b[name]:
-            raise ValueError(f"{name} is {a[name]} in {args.a} and {b[name]} in {args.b}: "
-                             "scores that were measured differently cannot be compared")
-    both = [name for name in runs[0]["tasks"] if name in runs[1]["tasks"]]
-    if not both:
-        raise ValueError(f"{args.a} and {args.b} have no task in common: run --tasks with both")
-    print(f"{'task':<22}{'A':>8}{'B':>8}{'B - A':>9}{'stderr':>8}{'only A':>8}{'only B':>8}{'p':>9}")
-    for name in both:
-        if len({run["tasks"][name]["sha256"] for run in runs}) > 1:
-            raise ValueError(f"{name}: {args.a} and {args.b} did not ask the same (sha256 of the "
-                             "requests): run both with the same data, --shots and --limit")
-        x, y = ([row["acc"] for row in of_run if row["task"] == name] for of_run in rows)
-        change, error = mean_and_error([after - before for before, after in zip(x, y)])
-        lost, won = (sum(before > after for before, after in pairs)
-                     for pairs in (list(zip(x, y)), list(zip(y, x))))
-        print(f"{name:<22}{sum(x) / len(x):>8.4f}{sum(y) / len(y):>8.4f}{change:>+9.4f}{error:>8.4f}"
-              f"{lost:>8}{won:>8}{mcnemar(lost, won):>9.2g}")
+        rows.append([json.loads(row) for row in path.with_suffix(".jsonl").open(encoding="utf-8")])
+    names = [name for name in runs[0]["tasks"] if name in runs[1]["tasks"]]
+    if not names:
+        raise ValueError(f"{args.a} and {args.b} have no task in common: run both with --tasks")
+    facts = [{key: run["settings"][key] for key in ("bos", "dtype", "max_len")} |
+             {f"sha256 of {name}": run["tasks"][name]["sha256"] for name in names} for run in runs]
+    for key, value in facts[0].items():
+        if value != facts[1][key]:
+            raise ValueError(f"{key} is {value} in {args.a} and {facts[1][key]} in {args.b}: only "
+                             "what was measured alike can be compared; run one of them again")
+    line("task", "A", "B", "B - A", "stderr", "only A", "only B", "p")
+    for name in names:
+        a, b = ([row["acc"] for row in run if row["task"] == name and "acc" in row] for run in rows)
+        if a and len(a) == len(b):
+            change, error = mean_and_error([y - x for x, y in zip(a, b)])
+            only_a, only_b = sum(map(int.__gt__, a, b)), sum(map(int.__lt__, a, b))
+            line(name, sum(a) / len(a), sum(b) / len(b), change, error, only_a, only_b,
+                 mcnemar(only_a, only_b))
 
 
 # -------------------------------------------------------------------------------------- HumanEval
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.1, "top_k": 10, "top_p": 0.95}}     # AMD's
-# AMD's published pass@1 alone, pass@1 speculative, acceptance and speed-up on an MI250, for
-# CodeLlama-7b drafted for by AMD-Llama-135m-code. Its acceptance is that of an adaptive gamma.
+# AMD's published pass@1 alone and speculative, acceptance (its draft length adapts) and speed-up:
+# CodeLlama-7b drafted for by AMD-Llama-135m-code on an MI250.
 AMD = {("greedy", "float32"): (.3110, .3110, .658, 2.80),
        ("sampled", "float32"): (.3231, .2927, .650, 2.58),
        ("greedy", "bfloat16"): (.3415, .3353, .665, 1.75),
        ("sampled", "bfloat16"): (.3110, .3110, .669, 1.67)}
 
 
-def read_problems(data: str) -> list[dict]:
-    for path in (Path(data) / "humaneval" / name for name in ("HumanEval.jsonl.gz",
-                                                              "HumanEval.jsonl")):
-        if path.exists():
-            content = path.read_bytes()
-            content = gzip.decompress(content) if path.suffix == ".gz" else content
-            return [json.loads(line) for line in content.decode().splitlines() if line]
-    raise ValueError(f"{data}/humaneval/HumanEval.jsonl.gz is missing: put it there, or fetch it "
-                     "with `python data.py fetch humaneval`")
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n samples, c of them right, hold a right one (Chen et al., eq. 1)."""
+    return 1.0 if n - c < k else 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
 
 
 def cut_at_stop(completion: str) -> str:
@@ -589,90 +557,100 @@ def cut_at_stop(completion: str) -> str:
                            default=None)]
 
 
-def solve(target: Transformer, tokenizer: Tokenizer, prompts: list[str], args,
-          **settings) -> tuple[list[str], Stats]:
-    """A completion for each prompt, and the statistics of making them."""
-    stats, completions = Stats(), []
-    # The longest prompts lose their beginning, so that a quarter of the context is free to answer.
-    room = target.config.max_position_embeddings * 3 // 4
-    start = [start_of_text(tokenizer)] * args.bos
-    progress = Progress("HumanEval", len(prompts))
+def read_problems(data: str) -> list[dict]:
+    path = Path(data) / "humaneval" / "HumanEval.jsonl.gz"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: put the problems there, or fetch them with "
+                         "`python data.py fetch humaneval`")
+    return [json.loads(problem) for problem in gzip.decompress(path.read_bytes()).splitlines()]
+
+
+def write_programs(problems: list[dict], tokenizer: Tokenizer, args, stats: Stats,
+                   **decoding) -> list[str]:
+    """A completion for each problem."""
+    # A longer prompt loses its beginning: a quarter of the context stays free for the answer.
+    room = decoding["target"].config.max_position_embeddings * 3 // 4
+    prompts = [[start_of_text(tokenizer)] * args.bos + tokenizer.encode(problem["prompt"])[-room:]
+               for problem in problems]
+    length = max(map(len, prompts)) + args.max_new_tokens
+    completions, decoder, advance = [], None, progress("HumanEval", len(problems))
     for first in range(0, len(prompts), args.batch):
-        batch = [start + tokenizer.encode(prompt)[-room:] for prompt in prompts[first:][:args.batch]]
-        for prompt, new in zip(batch, complete(
-                target, batch, args.max_new_tokens, eos_id=tokenizer.eos_id, stats=stats,
-                seed=args.seed + first, **settings,
-                # Only the end can be new: no stop string has more tokens than bytes.
-                stop=lambda new: cut_at_stop(text := tokenizer.decode(new[-40:])) != text)):
-            if new[-1:] == [tokenizer.eos_id]:
-                new = new[:-1]
-            # Decoded behind its prompt: SentencePiece drops the space that a text begins with.
-            completions.append(cut_at_stop(tokenizer.decode(prompt + new)[
-                len(tokenizer.decode(prompt)):]))
-        progress.advance(len(batch))
-    return completions, stats
+        batch = prompts[first:first + args.batch]
+        if not decoder or len(batch) < args.batch:
+            decoder = Decoder(**decoding, batch=len(batch), length=length)
+        new = [[] for _ in batch]
+        for done in decoder.generate(
+                batch, args.max_new_tokens, tokenizer.eos_id, args.seed + first, stats,
+                # Only the end is new, and no stop string has more tokens than bytes.
+                stop=lambda row: cut_at_stop(text := tokenizer.decode(row[-40:])) != text):
+            for row, tokens in zip(new, done.tokens):
+                row += tokens
+        for prompt, row in zip(batch, new):     # decoded behind its prompt, since SentencePiece
+            text = tokenizer.decode(prompt + row)       # drops the space that a text begins with
+            completions.append(cut_at_stop(text[len(tokenizer.decode(prompt)):]))
+        advance(len(batch))
+    return completions
 
 
 def run_humaneval(args) -> None:
+    """AMD's second table: pass@k of the target alone and helped by the draft, and the speed."""
     problems = read_problems(args.data)[:args.limit]
-    target, tokenizer = load(args, args.target)
-    draft = load(args, args.draft)[0] if args.draft else None
-    for model in (target, draft):
-        if model:
-            pack_for_decoding(model)
+    place = resolve_device(args.device), getattr(torch, args.dtype)
+    if args.draft:
+        target, draft, tokenizer = load_pair(args.target, args.draft, *place)
+    else:
+        (target, tokenizer), draft = load(args.target, *place), None
+    report = {"settings": settings_of(args, target, tokenizer), "tasks": {}}
+    rows, caged = [], None
     if args.allow_code_execution:
         passed, caged = run_program("def f(): return 1", "def check(f): assert f() == 1", "f")
         if not passed:
-            raise ValueError("no program can be run in a cage here: HumanEval needs a POSIX system")
-        print("programs run " + ("caged: no network, no files, no processes" if caged else
-              "with limits only: this kernel gave no namespaces, THE NETWORK IS OPEN"))
-    report: dict = {"settings": run_settings(args, target, tokenizer), "tasks": {}}
-    rows: list[dict] = []
-    print(f"{'':<22}{'k':>4}{'pass@k':>9}{'stderr':>8}{'AMD':>8}{'accepted':>10}{'AMD':>7}"
-          f"{'tokens/s':>10}{'speed-up':>10}{'AMD':>7}")
+            raise ValueError("this system cannot run programs with limits: HumanEval needs Linux")
+        print("what the model writes runs " + (
+            "caged: no network, no other processes, no files but its own" if caged else
+            "with limits, but WITH THE NETWORK: this kernel gives it no namespaces"))
+    line("", "k", "pass@k", "stderr", "AMD", "accepted", "AMD", "tokens/s", "speed-up", "AMD")
     for mode, sampling in SAMPLING.items():
         n = args.samples if sampling else 1
         jobs = [problem for problem in problems for _ in range(n)]
-        outputs, alone = [], None
-        for helper in (None, draft)[:1 + bool(draft)]:
-            texts, stats = solve(target, tokenizer, [job["prompt"] for job in jobs], args,
-                                 draft=helper, gamma=args.gamma, **sampling)
-            outputs.append(texts)
-            name = f"{mode} {'speculative' if helper else 'alone'}"
-            result = {"n": len(jobs), "tokens_per_s": stats.tokens_per_s,
-                      "sha256": hashlib.sha256(json.dumps([job["prompt"] for job in jobs]).encode()
-                                               ).hexdigest()}
+        amd = AMD.get((mode, args.dtype), (None,) * 4)
+        versions, speeds = [], []
+        for helper in (None, draft) if draft else (None,):
+            name, stats = f"{mode} {'speculative' if helper else 'alone'}", Stats()
+            texts = write_programs(jobs, tokenizer, args, stats, target=target, draft=helper,
+                                   gamma=args.gamma, **sampling)
+            versions.append(texts)
+            speeds.append(stats.tokens_per_s)
             records = [{"task": name, "row": job["task_id"], "completion": text}
                        for job, text in zip(jobs, texts)]
-            scores = {}
             if args.allow_code_execution:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    verdicts = list(pool.map(lambda job, text: run_program(
-                        job["prompt"] + text, job["test"], job["entry_point"])[0], jobs, texts))
-                for record, passed in zip(records, verdicts):
-                    record["acc"] = int(passed)
-                solved = [sum(verdicts[i:i + n]) for i in range(0, len(jobs), n)]
-                scores = {k: mean_and_error([pass_at_k(n, c, k) for c in solved])
-                          for k in (1, 10, 100) if k <= n}
-                result |= {"caged": caged} | {f"pass@{k}": score for k, (score, _) in scores.items()}
-                result |= {f"pass@{k}_stderr": error for k, (_, error) in scores.items()}
-            amd = AMD.get((mode, report["settings"]["dtype"]), (0,) * 4)
-            line = f"{'':>10}{'':>7}{stats.tokens_per_s:>10.1f}"
+                    verdicts = pool.map(lambda job, text: run_program(
+                        job["prompt"] + text, job["test"], job["entry_point"]), jobs, texts)
+                    for record, (passed, _) in zip(records, verdicts):
+                        record["acc"] = int(passed)
+            result = {"sha256": fingerprint([job["prompt"] for job in jobs]), "caged": caged,
+                      "samples": n, "tokens_per_s": speeds[-1]}
+            speed = [None, None, speeds[-1]]
             if helper:
-                result |= {"accepted_per_drafted": stats.accepted_per_drafted,
-                           "speedup": stats.tokens_per_s / alone}
-                line = (f"{stats.accepted_per_drafted:>10.3f}{amd[2]:>7.3f}{stats.tokens_per_s:>10.1f}"
-                        f"{result['speedup']:>9.2f}x{amd[3]:>6.2f}x")
-            alone = stats.tokens_per_s
-            for k, (score, error) in scores.items() or {1: (math.nan, math.nan)}.items():
-                print(f"{name:<22}{k:>4}{score:>9.4f}{error:>8.4f}"
-                      f"{amd[bool(helper)] if k == 1 else math.nan:>8.4f}{line}", flush=True)
+                result["accepted_per_drafted"] = stats.accepted_per_drafted
+                result["speedup"] = speeds[1] / speeds[0]
+                speed = [stats.accepted_per_drafted, amd[2], speeds[1], result["speedup"], amd[3]]
+            for k in (1, 10, 100):
+                if args.allow_code_execution and k <= n:
+                    right = [sum(record["acc"] for record in records[i:i + n])
+                             for i in range(0, len(jobs), n)]
+                    result[f"pass@{k}"], result[f"pass@{k}_stderr"] = mean_and_error(
+                        [pass_at_k(n, c, k) for c in right])
+                if k <= n:
+                    line(name, k, result.get(f"pass@{k}"), result.get(f"pass@{k}_stderr"),
+                         amd[bool(helper)] if k == 1 else None, *speed)
             report["tasks"][name], rows = result, rows + records
         if draft and not sampling:
-            equal = sum(x == y for x, y in zip(*outputs))
-            print(f"greedy completions equal with and without the draft: {equal} of {len(jobs)}")
+            print(f"greedy completions equal with and without the draft: "
+                  f"{sum(map(str.__eq__, *versions))} of {len(jobs)}")
     if not args.allow_code_execution:
-        print("nothing was run: pass@k needs --allow-code-execution (it runs what the model wrote)")
+        print("nothing was run: --allow-code-execution runs what the model wrote, for pass@k")
     write_run(args.json, report, rows)
 
 
@@ -758,6 +736,43 @@ def run_program(program: str, tests: str, entry_point: str, seconds: int = 10) -
     return answer.decode(errors="replace").endswith(word), answer.startswith(b"caged ")
 
 
+# ---------------------------------------------------------------------------------------- pictures
+
+def run_plot(args) -> None:
+    """Loss and held-out bits per byte of train.py's runs, speed-up of speculative.py's --json."""
+    panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for run in map(Path, args.runs):
+        if run.is_dir():
+            for row in map(json.loads, (run / "metrics.jsonl").open(encoding="utf-8")):
+                for key, label in (("loss", "training loss, nats per token"),
+                                   ("val_bits_per_byte", "held-out bits per byte")):
+                    if key in row:
+                        panels[label, "tokens"][run.name].append((row["tokens"], row[key]))
+        else:
+            figures = json.loads(run.read_text(encoding="utf-8"))
+            for label, part in (("greedy", figures), ("sampled", figures.get("sampled"))):
+                if part:
+                    panels["speed-up", "gamma"][label].append((part["gamma"], part["speedup"]))
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("drawing needs matplotlib: pip install -e '.[plot]'") from None
+    matplotlib.rcParams["svg.hashsalt"] = "evaluate.py"         # the same runs, the same file
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="tight")
+    for axis, ((y, x), curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
+                                      panels.items()):
+        for label, points in curves.items():
+            axis.plot(*zip(*sorted(points)), marker="." if x == "gamma" else None, label=label)
+        axis.set(xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    svg = io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    write_atomically(Path(args.out), [svg.getvalue()])
+    print(f"wrote {args.out}")
+
+
 # ------------------------------------------------------------------------------------------- main
 
 def main(argv: list[str] | None = None) -> None:
@@ -766,7 +781,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     scores = commands.add_parser("score", help="a checkpoint (the word `score` can be left out)")
     scores.add_argument("checkpoint", help="folder of a checkpoint")
-    scores.add_argument("--data", help="prepared data (its held-out part); with --tasks: their rows")
+    scores.add_argument("--data", help="prepared data, or with --tasks the folder of rows")
     scores.add_argument("--text", help="a text file instead of prepared data")
     scores.add_argument("--tasks", help=f"all, or some of {','.join(TASKS)}")
     scores.add_argument("--shots", type=int, default=0, help="solved examples before each question")
@@ -786,15 +801,23 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--limit", type=int, help="only the first rows")
         command.add_argument("--json", metavar="FILE", help="write the results, and each row's")
         command.add_argument("--device")
-        command.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"])
+        command.add_argument("--dtype", default="float32",
+                             choices=["float32", "bfloat16", "float16", "float64"])
     compare = commands.add_parser("compare", help="two runs' --json files on the same rows")
     compare.add_argument("a")
     compare.add_argument("b")
+    plot = commands.add_parser("plot", help="draw runs as SVG (needs the extra `plot`)")
+    plot.add_argument("runs", nargs="+", help="folders that train.py wrote, or files that "
+                      "`speculative.py --json` wrote, one for each gamma")
+    plot.add_argument("--out", default="plot.svg")
     if argv and argv[0] not in (*commands.choices, "-h", "--help"):
         argv = ["score", *argv]
+    for command in (parser, *commands.choices.values()):
+        command.error = lambda message: parser.exit(2, f"evaluate.py: error: {message}\n")
     args = parser.parse_args(argv)
     try:
-        {"score": run_scores, "humaneval": run_humaneval, "compare": run_compare}[args.command](args)
+        {"score": run_scores, "humaneval": run_humaneval, "compare": run_compare,
+         "plot": run_plot}[args.command](args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: error: {error}\n")
 
