@@ -112,6 +112,11 @@ class Tokenizer:
     def n_vocab(self) -> int:
         return len(self.pieces)
 
+    @property
+    def dtype(self) -> str:
+        """The smallest type that holds every id, in which tokens are stored."""
+        return "uint16" if self.n_vocab <= 1 << 16 else "uint32"
+
     def encode(self, text: str) -> list[int]:
         """Special tokens that stand in the text are text; nothing is added before or after."""
         return self.encoding.encode_ordinary(text)
@@ -397,8 +402,8 @@ def read_tokenizer_json(content: bytes) -> SentencePiece:
     """Read a tokenizer.json of Llama-2's family, where merges have an order instead of scores."""
     tokenizer = json.loads(content)
     model, merges = tokenizer["model"], tokenizer["model"]["merges"]
-    before = json.dumps([tokenizer["normalizer"], tokenizer["pre_tokenizer"]])
-    if not model["byte_fallback"] or not re.search('"(Prepend|first|always)"', before):
+    before = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+    if not model.get("byte_fallback") or not re.search('"(Prepend|first|always)"', before):
         raise ValueError("not of Llama-2's family: no byte fallback, or no space put in front")
     # In Llama-2 itself, runs of SPACE have the lowest score. transformers 5 forgets that when it
     # converts a tokenizer.model, and splits "a  b" otherwise than the models have learnt.
@@ -453,7 +458,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return read(path.read_bytes())
     except (ValueError, LookupError, TypeError, AttributeError, struct.error,
             RecursionError) as error:
-        raise ValueError(f"{path} cannot be used as a tokenizer: {error!r}") from None
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} cannot be used as a tokenizer: {reason}") from None
 
 
 # --------------------------------------------------------------------------------- documents
@@ -511,7 +517,8 @@ def general() -> Iterator[Record]:
 
 BUILT_IN = {"general": general, "code": code}
 
-# AMD's corpora on the Hub, with the folder to take, if not all, and the rows that AMD left out.
+# AMD's corpora on the Hub, the folder that AMD took, and the rows that AMD left out. With
+# NAME=hub:FOLDER they come from a copy of the whole data set, with NAME=PATH from files alone.
 READY = {"slimpajama": "hub:cerebras/SlimPajama-627B", "gutenberg": "hub:manu/project_gutenberg",
          "starcoder-python": "hub:bigcode/starcoderdata"}
 FOLDER = {"starcoder-python": "python"}
@@ -557,11 +564,13 @@ class Source(NamedTuple):
     def pieces(self) -> Iterator[list[tuple[str, int]]]:
         """The files in groups of up to PIECE bytes; a larger file is a group of its own."""
         group: list[tuple[str, int]] = []
+        total = 0
         for file, size in self.files():
-            if group and sum(size for _, size in group) + size > PIECE:
+            if group and total + size > PIECE:
                 yield group
-                group = []
+                group, total = [], 0
             group.append((file, size))
+            total += size
         yield group
 
     def records(self, file: str) -> Iterator[Record]:
@@ -613,7 +622,9 @@ def file_rows(name: str, raw: BinaryIO) -> Iterator[tuple[int, dict | bytes]]:
             decompressor = optional("zstandard").ZstdDecompressor()
             stream = io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True))
         # A line of more than 16 MiB is cut, and so makes bad records instead of filling the memory.
-        yield from enumerate(iter(lambda: stream.readline(1 << 24), b""), 1)
+        for line, content in enumerate(iter(lambda: stream.readline(1 << 24), b""), 1):
+            if not content.isspace():
+                yield line, content
 
 
 def text_of(record: Record, source: str, field: str | None) -> str:
@@ -726,12 +737,8 @@ def encode_batch(folder: Path, field: str | None, val_fraction: float, batch: Ba
             tokens = tokenizer.encode(text)
             ids[split] += tokens + [tokenizer.eos_id]
             counts[int(split)] += 1, len(tokens) + 1, len(text.encode())
-    tokens = [np.array(split, token_type(tokenizer)) for split in ids]
-    return Encoded(batch.shard, batch.position, tokens, counts, bad)
-
-
-def token_type(tokenizer: Tokenizer) -> str:
-    return "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
+    arrays = [np.array(split, tokenizer.dtype) for split in ids]
+    return Encoded(batch.shard, batch.position, arrays, counts, bad)
 
 
 def start_worker() -> None:
@@ -831,7 +838,7 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
             write_shard(out, shard, group, fingerprint)
 
     manifest: dict[str, Any] = {"tokenizer": tokenizer.sha256, "n_vocab": tokenizer.n_vocab,
-                                "dtype": token_type(tokenizer), "sources": {}}
+                                "dtype": tokenizer.dtype, "sources": {}}
     for source in parsed:
         shards = [note for note in notes() if note["shard"].rsplit("-", 2)[0] == source.name]
         entry = manifest["sources"][source.name] = {"place": source.place,
@@ -1040,6 +1047,8 @@ def main(argv: list[str] | None = None) -> None:
                     args.field, args.max_bad)
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ndata.py: interrupted; the same command continues\n")
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ def test_a_long_text_becomes_documents_of_whole_lines(bpe, tmp_path):
 
 def test_the_field_can_be_named(bpe, tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"body": "one", "text": "two"}\n{"body": "three"}\n')
-    data.prepare([f"a={path}"], bpe, tmp_path / "out", val_fraction=0, field="body")
+    path.write_text('{"body": "one", "text": "two"}\n\n{"body": "three"}\n \n')    # blank lines
+    data.prepare([f"a={path}"], bpe, tmp_path / "out", val_fraction=0, field="body", max_bad=0)
     assert documents(tmp_path / "out", "train") == ["one", "three"]
 
 

@@ -309,6 +309,13 @@ def test_unsupported_sentencepiece_models_are_refused_by_name(small_model, tmp_p
             data.load_tokenizer(path)
 
 
+def test_a_tokenizer_json_of_another_family_is_refused(bpe, tmp_path):
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer.tiktoken").unlink()
+    with pytest.raises(ValueError, match="not of Llama-2's family"):
+        data.load_tokenizer(tmp_path)
+
+
 def test_damaged_files_are_one_error(small_model, bpe, tmp_path):
     rng = random.Random(4)
     for name, content in [("tokenizer.model", small_model), *bpe.files().items()]:
