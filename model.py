@@ -379,7 +379,7 @@ def read_json(path: Path) -> dict:
         return value
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is missing: expected a checkpoint folder with config.json and "
-                         f"model.safetensors; train one with train.py or download one") from None
+                         "model.safetensors; train one with train.py or download one") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object ({error}): restore the file") from None
 
