@@ -89,12 +89,12 @@ PRESETS = {
     # The demo's pair, small enough for two CPU cores: the draft is one block, and the target is
     # grown from it (train.py), so that the two agree often enough to be worth drafting with.
     "demo-draft": ModelConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=1,
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=256,
+        vocab_size=4096, hidden_size=192, intermediate_size=576, num_hidden_layers=1,
+        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=256,
         bos_token_id=None, eos_token_id=4095),
     "demo-target": ModelConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=8,
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=256,
+        vocab_size=4096, hidden_size=192, intermediate_size=576, num_hidden_layers=8,
+        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=256,
         bos_token_id=None, eos_token_id=4095),
 }
 
@@ -151,14 +151,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), written out.
 
-    q (B, H, T, D); k, v (B, K, S, D); mask (B or 1, 1, T, S), true where a query may look.
+    q (B, H, T, D); k, v (B, K, S, D); mask (B or 1, 1, T, S): 0 where a query may look, else -inf.
     The model calls PyTorch's fused kernels, which never store the (T, S) scores; a test holds
     the two equal.
     """
     groups = q.shape[1] // k.shape[1]       # query heads that share one key/value head
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)   # (B, H, S, D)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])               # (B, H, T, S)
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v         # (B, H, T, D)
+    return (scores + mask).softmax(-1) @ v                                  # (B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -170,12 +170,14 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, KV)
         self.v_proj = Linear(C, KV)
         self.o_proj = Linear(C, C)
+        self.fused = None           # q, k and v in one product: see prepare_for_decoding
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past=None) -> Tensor:
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.D).transpose(1, 2)           # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.D).transpose(1, 2)           # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.D)                           # (B, T, K, D)
+        q, k, v = self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q = q.view(B, T, -1, self.D).transpose(1, 2)                        # (B, H, T, D)
+        k = k.view(B, T, -1, self.D).transpose(1, 2)                        # (B, K, T, D)
+        v = v.view(B, T, -1, self.D)                                        # (B, T, K, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin).transpose(1, 2)     # k: (B, T, K, D)
         mask = None
         if past is not None:
@@ -196,9 +198,11 @@ class SwiGLU(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.fused = None           # gate and up in one product: see prepare_for_decoding
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) -> (B, T, C)
+        gate, up = self.fused(x) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(gate) * up)                            # (B, T, F) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -287,7 +291,8 @@ class Transformer(nn.Module):
             positions = (cache.position[:, None] + positions).clamp(min=0)  # (B, T)
             slots = torch.arange(len(tokens), device=x.device)[:, None], positions
             reach = torch.arange(cache.keys[0].shape[1], device=x.device)   # (S,)
-            mask = (reach <= positions[..., None])[:, None]                 # (B, 1, T, S)
+            unseen = (reach > positions[..., None])[:, None]                # (B, 1, T, S)
+            mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
         return x, *rope(positions, self.config, x.dtype), slots, mask
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -533,7 +538,22 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     write_atomically(path, chunks())
 
 
-# -------------------------------------------------------------------- decoding on a CPU: few rows
+# ---------------------------------------------------------- decoding: products with a few rows of x
+
+class FusedLinear(nn.Module):
+    """Several matrices that read the same x as one: fewer and larger products, each at more of the
+    memory's speed. x (..., in) -> one tensor (..., out_i) for each."""
+
+    def __init__(self, parent: nn.Module, *names: str):
+        super().__init__()
+        linears = [parent._modules.pop(name) for name in names]
+        self.sizes = [len(linear.weight) for linear in linears]
+        self.linear = linears[0]
+        self.linear.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(x).split(self.sizes, -1)
+
 
 class PackedLinear(nn.Module):
     """A Linear for decoding on a CPU, its weight laid out anew by oneDNN for a few rows of x.
@@ -544,9 +564,10 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: Linear, rows: int):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, rows)
-        # A matrix that fits the caches is quickest unpacked when there is one row: keep both.
-        self.weight = linear.weight if linear.weight.numel() < 2**19 else None
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        # A float32 matrix that fits the caches is quickest unpacked for one row: keep both.
+        small = linear.weight.numel() < 2**19 and linear.weight.dtype == torch.float32
+        self.weight = linear.weight if small else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is not None and x.shape[:-1].numel() == 1:
@@ -555,13 +576,19 @@ class PackedLinear(nn.Module):
 
 
 @torch.no_grad()
-def pack_for_decoding(model: Transformer, rows: int = 6) -> Transformer:
-    """Pack every matrix of a model on a CPU, in place. It then decodes faster, but neither trains
-    nor saves. Where this build of PyTorch cannot (no oneDNN, float64), nothing changes."""
+def prepare_for_decoding(model: Transformer, rows: int = 6) -> Transformer:
+    """Fuse, and on a CPU pack, the matrices of a model in place, for products with a few rows.
+
+    The model then computes the same faster, but neither trains nor saves. Packing needs PyTorch's
+    oneDNN and float32 or bfloat16; without them it is left out.
+    """
+    for layer in model.model.layers:
+        layer.self_attn.fused = FusedLinear(layer.self_attn, "q_proj", "k_proj", "v_proj")
+        layer.mlp.fused = FusedLinear(layer.mlp, "gate_proj", "up_proj")
     if model.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
             model.dtype in (torch.float32, torch.bfloat16)):
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, Linear):
                     setattr(module, name, PackedLinear(child, rows))
-    return model
+    return model.requires_grad_(False)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Corpus, Tokenizer, load_tokenizer
-from model import Cache, Transformer, pack_for_decoding, resolve_device, write_atomically
+from model import Cache, Transformer, prepare_for_decoding, resolve_device, write_atomically
 
 
 # ---------------------------------------------------------------------- distributions and the rule
@@ -514,7 +514,7 @@ def load(folder: str, device: torch.device, dtype: torch.dtype) -> tuple[Transfo
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.n_vocab} entries, the model "
                          f"{model.config.vocab_size}: use the tokenizer that it was trained with")
-    return pack_for_decoding(model), tokenizer
+    return prepare_for_decoding(model), tokenizer
 
 
 def load_pair(target: str, draft: str, device: torch.device, dtype: torch.dtype):
