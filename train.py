@@ -19,7 +19,6 @@ References: Loshchilov & Hutter 2019 (AdamW); 2017 (cosine); Pascanu et al. 2013
 al. 2019 (progressive stacking); Chowdhery et al. 2022, appendix B (MFU); AMD-135M's published code.
 """
 import argparse
-import copy
 import dataclasses
 import json
 import math
@@ -30,7 +29,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,11 +38,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import data
 import speculative
-from model import PRESETS, ModelConfig, Transformer, read_json, resolve_device, write_atomically
+from model import PRESETS, ModelConfig, Transformer, resolve_device, write_atomically
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -115,14 +115,12 @@ class TrainConfig:
     def folder(self) -> Path:
         return Path(self.out) / self.name
 
-    def accumulation(self, world: int) -> int:
-        """Micro-batches of a step on each of `world` processes."""
+    def check_split(self, world: int) -> None:
         if self.rows % (self.micro_batch * world):
             raise ValueError(
                 f"{self.rows} rows a step (--batch-tokens {self.batch_tokens} / --block "
                 f"{self.block}) do not divide into {world} process(es) x --micro-batch "
                 f"{self.micro_batch}: choose numbers that do; nothing is rounded")
-        return self.rows // (self.micro_batch * world)
 
 
 AMD = TrainConfig(              # TrainConfig's defaults are AMD-135M's; what is left is its length
@@ -130,20 +128,23 @@ AMD = TrainConfig(              # TrainConfig's defaults are AMD-135M's; what is
 AMD_CODE = TrainConfig(         # 320 rows, as AMD asked for (its own division made them 256)
     name="amd-135m-code", init="{out}/amd-135m", lr=3e-4, min_lr=3e-5, batch_tokens=320 * 2048,
     micro_batch=20, steps=21_000_000_000 // (320 * 2048))
+# The demo's numbers were found by sweeps. What mattered: rows of 128 tokens rather than 256 (more
+# different text in a batch; the longer context still works); a target grown from the draft that
+# already knows code, not from the general one (better, and agreeing more); and the target's
+# learning rate, which trades what it gains over the draft against how often the two agree.
 DEMO = TrainConfig(
-    out="out", data="{out}/data-demo", preset="demo-draft", block=256, batch_tokens=2048,
-    micro_batch=8, warmup=20, lr=3e-3, min_lr=3e-4, log_every=20, val_every=200, val_tokens=2**15,
-    save_every=200)
+    data="{out}/data-demo", preset="demo-draft", block=128, batch_tokens=2048, micro_batch=16,
+    warmup=20, lr=3e-3, min_lr=3e-4, log_every=25, val_every=100, val_tokens=2**14, save_every=100)
+GROWN = replace(DEMO, preset="demo-target", lr=1e-3, min_lr=1e-4)
 
 RECIPES = {
     "demo": (
-        replace(DEMO, name="demo-draft-base", mix="general", steps=250),
-        replace(DEMO, name="demo-draft", mix="code", init="{out}/demo-draft-base", steps=500,
-                sample="def "),
-        replace(DEMO, name="demo-target-base", mix="general", preset="demo-target", lr=2e-3,
-                init="{out}/demo-draft-base", steps=100),
-        replace(DEMO, name="demo-target", mix="code", preset="demo-target", lr=2e-3,
-                init="{out}/demo-target-base", steps=250, sample="def ")),
+        replace(DEMO, name="demo-draft-base", mix="general", steps=200),
+        replace(DEMO, name="demo-draft", mix="code", steps=600, sample="def ",
+                init="{out}/demo-draft-base"),
+        replace(GROWN, name="demo-target-base", mix="general", steps=50, init="{out}/demo-draft"),
+        replace(GROWN, name="demo-target", mix="code", steps=250, sample="def ",
+                init="{out}/demo-target-base")),
     "amd-135m": (AMD,),
     "amd-135m-code": (AMD_CODE,),
 }
@@ -181,13 +182,20 @@ def loss_of(model: Transformer, rows: Tensor, chunk: int = 0) -> Tensor:
     return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in parts) / len(targets)
 
 
-def autocast(config: TrainConfig, device: torch.device):
-    """bf16 matrix products over float32 weights. On a CPU only where it has instructions for
-    them: four times faster than float32 there, and many times slower by emulation."""
-    has_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+@contextmanager
+def arithmetic(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """bf16 matrix products over float32 weights, and the quickest attention.
+
+    On a CPU bf16 is up to four times faster where there are instructions for it, slower without.
+    Its fused attention is slow in the backward pass; for short rows the formula wins by a fifth.
+    """
+    cuda = device.type == "cuda"
+    has_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
                 else torch.cpu._is_avx512_bf16_supported())
     wanted = config.precision == "bf16" or config.precision == "auto" and has_bf16
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    formula = sdpa_kernel(SDPBackend.MATH) if not cuda and config.block <= 256 else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=wanted), formula:
+        yield
 
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name; the first that fits counts. MI250:
@@ -419,82 +427,110 @@ class Validation:
 
 # ------------------------------------------------------------------------------------ the loop
 
-def train(config: TrainConfig, processes: Processes, resume: bool, command: str) -> bool:
-    """One stage, to its end (True) or to an interruption (False); its checkpoint is saved."""
-    device, world, folder = processes.device, processes.world, config.folder
-    accumulation = config.accumulation(world)
-    corpus = open_corpus(config, "train")
-    loader = data.Loader(corpus, config.block, config.rows, config.seed)
-    validation = Validation(config, processes)
-    start, state = 0, None
+class Trainer:
+    """A model with its optimizer, and the step that moves it."""
+
+    def __init__(self, model: Transformer, config: TrainConfig, processes: Processes):
+        self.model, self.config, self.processes = model, config, processes
+        # AMD decays every parameter, norms and embeddings too.
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay, fused=True)
+        # All gradients lie in one vector, with the loss as its last element: one all-reduce
+        # carries them, one norm measures them, one product clips them.
+        parameters = list(model.parameters())
+        sizes = [p.numel() for p in parameters]
+        self.flat = torch.zeros(sum(sizes) + 1, device=model.device)
+        for p, view in zip(parameters, self.flat[:-1].split(sizes)):
+            p.grad = view.view_as(p)
+        # A loss or gradient that is not finite sets `bad` for good. AdamW leaves weights and
+        # moments alone where `found_inf` is 1 (so GradScaler skips a step): from the first bad
+        # step on nothing changes, and `good` has counted the steps before. The host need not look.
+        self.bad, self.good, self.total = torch.zeros(3, device=model.device).unbind()
+        self.optimizer.found_inf = self.bad
+        self.loss = torch.compile(loss_of) if config.compile else loss_of
+
+    def step(self, batch: Tensor, lr: float) -> None:
+        """One update from this process's rows (its share of the batch, T + 1)."""
+        config, processes, flat = self.config, self.processes, self.flat
+        parts = len(batch) // config.micro_batch * processes.world
+        flat.zero_()
+        for rows in batch.split(config.micro_batch):
+            with arithmetic(config, batch.device):
+                loss = self.loss(self.model, rows, config.loss_chunk) / parts
+            loss.backward()
+            flat[-1] += loss.detach()
+        processes.sum(flat)             # once, after the last micro-batch
+        self.norm = flat[:-1].norm()
+        flat[:-1] *= (config.clip / (self.norm + 1e-6)).clamp(max=1)
+        self.bad.copy_(self.bad.maximum((~(self.norm + flat[-1]).isfinite()).float()))
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.good += 1 - self.bad
+        self.total += flat[-1]
+
+    def read(self) -> tuple[int, float, float]:
+        """Good steps so far, sum of the losses since the last call, norm of the last gradient.
+        This is where the host waits for the device."""
+        good, total, norm = torch.stack((self.good, self.total, self.norm)).tolist()
+        self.total.zero_()
+        return int(good), total, norm
+
+
+def start(config: TrainConfig, processes: Processes, corpus: data.Corpus,
+          resume: bool) -> tuple[Trainer, int]:
+    """A Trainer and the number of its steps already done."""
+    folder, step = config.folder, 0
     if resume:
         state = read_state(folder)
-        start = state["step"]
         for f in dataclasses.fields(config):
             old, new = state["config"][f.name], getattr(config, f.name)
             if f.metadata["fixed"] and old != new:
                 raise ValueError(f"{folder} was trained with {f.name} {old!r}, not {new!r}: "
                                  "resume with the flags that it was started with")
-        model = Transformer.from_pretrained(folder / "current").to(device)
+        model = Transformer.from_pretrained(folder / "current")
+        step = state["step"]
     else:
-        model = build(config, corpus.tokenizer).to(device)
-        if processes.rank == 0:
-            set_aside(folder)
-    if processes.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        truncate_metrics(folder / "metrics.jsonl", start)
-
-    # AMD decays every parameter, norms and embeddings too.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay, fused=True)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
+        model = build(config, corpus.tokenizer)
+    trainer = Trainer(model.to(processes.device), config, processes)
+    if resume:
+        trainer.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
+        if processes.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
-    # All gradients lie in one vector, with the loss as its last element: one all-reduce carries
-    # them, one norm measures them, one product clips them.
-    parameters = list(model.parameters())
-    flat = torch.zeros(sum(p.numel() for p in parameters) + 1, device=device)
-    for p, view in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
-        p.grad = view.view_as(p)
-    # A loss or gradient that is not finite sets `bad` for good. AdamW leaves weights and moments
-    # alone where `found_inf` is 1 (that is how GradScaler skips a step), so from the first bad
-    # step on nothing changes, and `good` counts the steps before it: the host need not look.
-    bad, good, total = torch.zeros(3, device=device).unbind()
-    optimizer.found_inf = bad
-    loss_function = torch.compile(loss_of) if config.compile else loss_of
-    per_token, peak = flops_per_token(model.config, config.block), peak_flops(device)
-    parameters_m = sum(p.numel() for p in parameters) / 1e6
-    processes.say(f"{folder}: {parameters_m:.1f} M parameters, step {start} to {config.steps} of "
-                  f"{config.batch_tokens} tokens, {len(validation.rows) * world} held-out rows")
+    if processes.rank == 0:
+        if not resume:
+            set_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        truncate_metrics(folder / "metrics.jsonl", step)
+    return trainer, step
 
-    def finish(step: int) -> None:
+
+def train(config: TrainConfig, processes: Processes, resume: bool, command: str) -> bool:
+    """One stage, to its end (True) or to an interruption (False); its checkpoint is saved."""
+    device, world, folder = processes.device, processes.world, config.folder
+    config.check_split(world)
+    corpus = open_corpus(config, "train")
+    loader = data.Loader(corpus, config.block, config.rows, config.seed)
+    validation = Validation(config, processes)
+    trainer, first = start(config, processes, corpus, resume)
+    model = trainer.model
+    per_token, peak = flops_per_token(model.config, config.block), peak_flops(device)
+    processes.say(f"{folder}: {(len(trainer.flat) - 1) / 1e6:.1f} M parameters, step {first} to "
+                  f"{config.steps} of {config.batch_tokens} tokens, on {world} x {device}")
+
+    def save_at(step: int) -> None:
         if processes.rank == 0:
-            save(config, step, model, optimizer, corpus.tokenizer)
+            save(config, step, model, trainer.optimizer, corpus.tokenizer)
             processes.say(f"saved step {step} in {folder}")
 
-    logged, since, interrupted = start, time.perf_counter(), False
+    logged, since = first, time.perf_counter()
     with interruptions() as received:
-        for step in range(start, config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+        for step in range(first, config.steps):
             batch = torch.from_numpy(loader.batch(step, processes.rank, world))
             if device.type == "cuda":
                 batch = batch.pin_memory().to(device, non_blocking=True)
-            flat.zero_()
-            for rows in batch.split(config.micro_batch):
-                with autocast(config, device):
-                    loss = loss_function(model, rows, config.loss_chunk) / (accumulation * world)
-                loss.backward()
-                flat[-1] += loss.detach()
-            processes.sum(flat)
-            norm = flat[:-1].norm()
-            flat[:-1] *= (config.clip / (norm + 1e-6)).clamp(max=1)
-            bad.copy_(bad.maximum((~(norm + flat[-1]).isfinite()).float()))
-            optimizer.step()
-            good += 1 - bad
-            total += flat[-1]
+            trainer.step(batch, learning_rate(step, config))
 
             done = step + 1
             interrupted = processes.any(bool(received))
@@ -503,34 +539,31 @@ def train(config: TrainConfig, processes: Processes, resume: bool, command: str)
             saving = done % config.save_every == 0 or last
             if not (done % config.log_every == 0 or validate or saving):
                 continue
-            finite, mean_loss, mean_norm = torch.stack(
-                (good, total / (done - logged), norm)).tolist()     # the one wait for the device
-            if finite < done - start:
-                finish(start + int(finite))
-                raise ValueError(f"the loss or the gradient of step {start + int(finite) + 1} is "
-                                 f"not finite: {folder} holds the step before; look at its data, "
-                                 "or resume from it with a lower --lr")
+            good, total, norm = trainer.read()
+            if good < done - first:
+                save_at(first + good)
+                raise ValueError(f"the loss or the gradient of step {first + good + 1} is not "
+                                 f"finite: {folder} holds the step before; look at the data, or "
+                                 "start anew with a lower --lr")
             rate = (done - logged) * config.batch_tokens / (time.perf_counter() - since)
-            line = {"step": done, "tokens": done * config.batch_tokens, "loss": mean_loss,
-                    "lr": learning_rate(step, config), "grad_norm": mean_norm,
-                    "tokens_per_s": rate, "tflops": rate * per_token / world / 1e12}
+            line = {"step": done, "tokens": done * config.batch_tokens,
+                    "loss": total / (done - logged), "lr": learning_rate(step, config),
+                    "grad_norm": norm, "tokens_per_s": rate,
+                    "tflops": rate * per_token / world / 1e12}
             if peak:
                 line["mfu"] = rate * per_token / world / peak
             if validate:
-                with autocast(config, device):
+                with arithmetic(config, device):
                     line["val_bits_per_byte"] = validation(model)
             report(line, config, processes)
             if validate and config.sample:
                 show_sample(model, corpus.tokenizer, config, processes)
             if saving:
-                finish(done)
-            if last:
-                break
-            total.zero_()
+                save_at(done)
+            if interrupted and done < config.steps:
+                processes.say(f"interrupted; to go on: {command}")
+                return False
             logged, since = done, time.perf_counter()
-    if interrupted and done < config.steps:
-        processes.say(f"interrupted; to go on: {command}")
-        return False
     return True
 
 

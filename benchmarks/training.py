@@ -1,0 +1,363 @@
+"""How fast is a training step? train.py's, beside two others, and beside things that might help.
+
+Each row trains the same shape on the same random tokens, in bf16 over float32 weights, with fused
+AdamW and clipping, and is measured alone: tokens/s, MFU, peak memory. `transformers` is
+LlamaForCausalLM (extra `peers`); `plain` is a step of llama2.c's shape: float32 residual stream,
+interleaved RoPE, one optimizer call on gradients that autograd allocates. The rows after them
+change one thing of train.py's step; the prediction, written before the measurement, stands in the
+table.
+
+    python benchmarks/training.py                                   # amd-135m on one GPU
+    python benchmarks/training.py --variants ours,transformers --preset demo-target --block 128 \\
+        --micro-batch 16 --steps 5 --eager                          # the demo's shape on a CPU
+    torchrun --nproc-per-node 2 benchmarks/training.py --variants ours
+    python benchmarks/training.py --agree out/data --micro-batch 8  # fp32 beside bf16, 200 steps
+"""
+import argparse
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+from model import PRESETS, ModelConfig, Transformer
+from train import (RECIPES, Processes, TrainConfig, Trainer, arithmetic,
+                   flops_per_token, loss_of, peak_flops)
+
+
+# ------------------------------------------------------------- llama2.c's shape, written plainly
+
+class PlainBlock(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        C, width = c.hidden_size, c.intermediate_size
+        self.heads = c.num_attention_heads
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.w1, self.w3 = (nn.Linear(C, width, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(width, C, bias=False)
+        self.norm1, self.norm2 = (nn.Parameter(torch.ones(C)) for _ in range(2))
+        self.eps = c.rms_norm_eps
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) \
+            * weight
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        real, imaginary = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)    # (B, T, H, D/2)
+        turned = (real * cos - imaginary * sin, real * sin + imaginary * cos)
+        return torch.stack(turned, -1).flatten(3).type_as(x)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, C = x.shape
+        h = self.norm(x, self.norm1)
+        q, k, v = (w(h).view(B, T, self.heads, -1) for w in (self.wq, self.wk, self.wv))
+        q, k = self.turn(q, cos, sin), self.turn(k, cos, sin)
+        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True)
+        x = x + self.wo(y.transpose(1, 2).reshape(B, T, C))
+        h = self.norm(x, self.norm2)
+        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+
+class Plain(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.blocks = nn.ModuleList(PlainBlock(c) for _ in range(c.num_hidden_layers))
+        self.weight = nn.Parameter(torch.ones(c.hidden_size))
+        self.output = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        D = c.head_dim
+        turns = torch.outer(torch.arange(c.max_position_embeddings),
+                            1 / c.rope_theta ** (torch.arange(0, D, 2) / D))
+        self.register_buffer("cos", turns.cos()[:, None], persistent=False)
+        self.register_buffer("sin", turns.sin()[:, None], persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, T = self.embedding(tokens), tokens.shape[1]
+        for block in self.blocks:
+            x = block(x, self.cos[:T], self.sin[:T])
+        return self.output(self.blocks[0].norm(x, self.weight))
+
+
+def usual_step(module: nn.Module, loss: Callable, config: TrainConfig) -> Callable:
+    """The step that most scripts have: gradients of autograd's own, clip_grad_norm_, zero_grad."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, betas=(0.9, 0.95),
+                                  weight_decay=0.1, fused=True)
+    loss = torch.compile(loss) if config.compile else loss
+
+    def step(batch: Tensor) -> None:
+        with arithmetic(config, batch.device):
+            value = loss(module, batch)
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def plain(config: TrainConfig, processes: Processes) -> Callable:
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        logits = module(batch[:, :-1])
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), batch[:, 1:].reshape(-1))
+    return usual_step(Plain(PRESETS[config.preset]).to(processes.device), loss, config)
+
+
+def transformers(config: TrainConfig, processes: Processes) -> Callable:
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise ValueError("transformers is not installed: pip install -e '.[peers]', or leave it "
+                         "out with --variants") from None
+    c = PRESETS[config.preset]
+    module = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps,
+        max_position_embeddings=c.max_position_embeddings, use_cache=False,
+        attn_implementation="sdpa")).to(processes.device)
+
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        logits = module(input_ids=batch[:, :-1]).logits.float()
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    return usual_step(module, loss, config)
+
+
+# -------------------------------------------------------------------- train.py's step, and variants
+
+def ours(config: TrainConfig, processes: Processes, loss: Callable | None = None,
+         **compile_options) -> Callable:
+    model = Transformer(PRESETS[config.preset]).to(processes.device)
+    trainer = Trainer(model, config, processes)
+    if loss or compile_options:
+        loss = loss or loss_of
+        trainer.loss = torch.compile(loss, **compile_options) if config.compile else loss
+    return lambda batch: trainer.step(batch, 1e-4)
+
+
+def chunked(config: TrainConfig, processes: Processes) -> Callable:
+    return ours(replace(config, loss_chunk=8192), processes)
+
+
+def autograd_gradients(config: TrainConfig, processes: Processes) -> Callable:
+    model = Transformer(PRESETS[config.preset]).to(processes.device)
+    return usual_step(model, loss_of, config)
+
+
+def half_logits(config: TrainConfig, processes: Processes) -> Callable:
+    def loss(model: Transformer, rows: Tensor, chunk: int = 0) -> Tensor:
+        hidden, targets = model.hidden(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
+        with torch.autocast(rows.device.type, enabled=False):
+            logits = F.linear(hidden.bfloat16(), model.lm_head.weight.bfloat16())
+            top = logits.amax(-1, keepdim=True)
+            log_sum = (logits - top).float().exp().sum(-1).log() + top[:, 0].float()
+            return (log_sum - logits.gather(1, targets[:, None])[:, 0].float()).mean()
+    return ours(config, processes, loss)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy of hidden (N, C) against targets, whose forward pass already makes the
+    gradients, chunk by chunk: no logits are kept and none are made twice."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, part: Callable):
+        half, N = weight.to(hidden.dtype), len(hidden)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        total = torch.zeros((), device=hidden.device)
+        for i in range(0, N, chunk):
+            loss, slope = part(hidden[i:i + chunk], half, targets[i:i + chunk], N)
+            total += loss
+            d_hidden[i:i + chunk] = slope @ half
+            d_weight += slope.T @ hidden[i:i + chunk]
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * slope.to(d_hidden.dtype), d_weight * slope, None, None, None
+
+
+def head_part(hidden: Tensor, weight: Tensor, targets: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    logits = F.linear(hidden, weight).float()                               # (chunk, V)
+    log_p = logits.log_softmax(-1)
+    hit = torch.arange(weight.shape[0], device=targets.device) == targets[:, None]
+    loss = -(log_p * hit).sum() / N
+    return loss, ((log_p.exp() - hit.float()) / N).to(hidden.dtype)
+
+
+def head_gradients(config: TrainConfig, processes: Processes, chunk: int = 8192) -> Callable:
+    model = Transformer(PRESETS[config.preset]).to(processes.device)
+    trainer = Trainer(model, config, processes)
+    compiled = torch.compile if config.compile else (lambda f: f)
+    hidden_of, part = compiled(lambda m, tokens: m.hidden(tokens)), compiled(head_part)
+
+    def loss(model: Transformer, rows: Tensor, _: int) -> Tensor:
+        hidden = hidden_of(model, rows[:, :-1]).flatten(0, 1)
+        with torch.autocast(rows.device.type, enabled=False):
+            return HeadLoss.apply(hidden, model.lm_head.weight, rows[:, 1:].flatten(), chunk, part)
+    trainer.loss = loss
+    return lambda batch: trainer.step(batch, 1e-4)
+
+
+def graphed_optimizer(config: TrainConfig, processes: Processes) -> Callable:
+    model = Transformer(PRESETS[config.preset]).to(processes.device)
+    trainer = Trainer(model, config, processes)
+    plain_step = trainer.optimizer.step
+    trainer.optimizer.step = torch.compile(lambda: plain_step()) if config.compile else plain_step
+    return lambda batch: trainer.step(batch, 1e-4)
+
+
+# name: (how to build the step, what was predicted of it beside `ours`, before it was measured)
+VARIANTS = {
+    "ours": (ours, ""),
+    "transformers": (transformers, "0.6x: float32 residual stream and logits"),
+    "plain": (plain, "0.94x: float32 residual stream"),
+    "autograd-gradients": (autograd_gradients, "1.005x: no zeroing and adding of 0.5 GB"),
+    "half-logits": (half_logits, "1.00x if compile never stores the float32 logits, else 1.02x"),
+    "head-gradients": (head_gradients, "1.00x, 10 GiB less: no logits kept, none made twice"),
+    "chunked-loss": (chunked, "0.88x, 10 GiB less: the head's product is made twice"),
+    "reduce-overhead": (lambda c, p: ours(c, p, mode="reduce-overhead"),
+                        "1.00x: at 130 ms a step launches are hidden"),
+    "graphed-optimizer": (graphed_optimizer, "1.00x: fused AdamW is at the memory's speed"),
+    "coordinate-descent": (lambda c, p: ours(c, p, options={
+        "coordinate_descent_tuning": True}), "1.02x: better block sizes of pointwise kernels"),
+    "max-autotune": (lambda c, p: ours(c, p, mode="max-autotune-no-cudagraphs"),
+                     "1.02x after minutes of compiling"),
+}
+STANDARD = "ours,transformers,plain"
+
+
+# ----------------------------------------------------------------------------------- measuring
+
+def measure(name: str, config: TrainConfig, processes: Processes, steps: int) -> dict:
+    """Tokens/s over all processes and peak memory of one variant, or why there is none."""
+    device, cuda = processes.device, processes.device.type == "cuda"
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize(device)
+    torch._dynamo.reset()
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    generator = torch.Generator().manual_seed(processes.rank)
+    batch = torch.randint(PRESETS[config.preset].vocab_size,
+                          (config.rows // processes.world, config.block + 1), generator=generator)
+    batch = batch.to(device)
+    try:
+        began = time.perf_counter()
+        step = VARIANTS[name][0](config, processes)
+        for _ in range(3):
+            step(batch)
+        wait()
+        ready, times = time.perf_counter() - began, []
+        for _ in range(4):              # the median of four groups: one slow moment does not count
+            began = time.perf_counter()
+            for _ in range(math.ceil(steps / 4)):
+                step(batch)
+            wait()
+            times.append((time.perf_counter() - began) / math.ceil(steps / 4))
+    except (ValueError, RuntimeError) as error:
+        return {"name": name, "error": (str(error) or repr(error)).splitlines()[0][:90]}
+    seconds = sorted(times)[1]
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None
+    return {"name": name, "rate": config.batch_tokens / seconds, "memory": memory, "start": ready}
+
+
+def table(config: TrainConfig, processes: Processes, names: list[str], steps: int) -> None:
+    shape, peak = PRESETS[config.preset], peak_flops(processes.device)
+    per_token = flops_per_token(shape, config.block)
+    device = (torch.cuda.get_device_name(processes.device) if peak or
+              processes.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads")
+    processes.say(
+        f"{config.preset}, {config.micro_batch} x {config.block} tokens on each of "
+        f"{processes.world} x {device}, torch {torch.__version__}, "
+        f"{'compiled' if config.compile else 'eager'}\n"
+        f"| step | tokens/s | beside ours | {'MFU' if peak else 'TFLOP/s'} | peak GiB | start s | "
+        "predicted |\n|---|---:|---:|---:|---:|---:|---|")
+    base = None
+    for name in names:
+        row = measure(name, config, processes, steps)
+        if "error" in row:
+            processes.say(f"| {name} | failed: {row['error']} | | | | | {VARIANTS[name][1]} |")
+            continue
+        base = base or row["rate"]
+        flops = row["rate"] / processes.world * per_token
+        processes.say(
+            f"| {name} | {row['rate']:,.0f} | {row['rate'] / base:.3f} | "
+            + (f"{flops / peak:.1%}" if peak else f"{flops / 1e12:.3f}")
+            + f" | {row['memory'] or 0:.1f} | {row['start']:.0f} | {VARIANTS[name][1]} |")
+
+
+def agree(folder: str, config: TrainConfig, processes: Processes, steps: int = 200) -> None:
+    """The same steps on real text in float32, eager, and in bf16, compiled: both losses."""
+    corpus, curves = data.Corpus(folder), {}
+    loader = data.Loader(corpus, config.block, config.rows, seed=0)
+    for precision in ("fp32", "bf16"):
+        run = replace(config, precision=precision, compile=config.compile and precision == "bf16")
+        shape = PRESETS[config.preset]
+        if corpus.tokenizer.n_vocab > shape.vocab_size:
+            raise ValueError(f"{folder}: a tokenizer of {corpus.tokenizer.n_vocab} entries is too "
+                             f"large for {config.preset}")
+        trainer = Trainer(Transformer(shape).to(processes.device), run, processes)
+        losses = []
+        for step in range(steps):
+            batch = torch.from_numpy(loader.batch(step, processes.rank, processes.world))
+            trainer.step(batch.to(processes.device), 6e-4 * min(1, (step + 1) / 20))
+            losses.append(trainer.total.clone())            # the sum so far
+        curves[precision] = torch.stack(losses).diff(prepend=torch.zeros(
+            1, device=processes.device)).double().cpu()
+        del trainer
+    a, b = curves["fp32"], curves["bf16"]
+    processes.say("| steps | fp32 | bf16 | relative |\n|---|---:|---:|---:|")
+    for i in range(0, steps, 20):
+        x, y = a[i:i + 20].mean().item(), b[i:i + 20].mean().item()
+        processes.say(f"| {i + 1}-{i + 20} | {x:.4f} | {y:.4f} | {y / x - 1:+.2e} |")
+    processes.say(f"largest difference of one step: {(b / a - 1).abs().max():.2e}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="amd-135m", choices=PRESETS)
+    parser.add_argument("--micro-batch", type=int, default=32)
+    parser.add_argument("--block", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--variants", default=STANDARD, metavar="A,B",
+                        help=f"default {STANDARD}; all; of {', '.join(VARIANTS)}")
+    parser.add_argument("--agree", metavar="DATA", help="compare the losses of fp32 and bf16 over "
+                                                        "200 steps on a data set folder instead")
+    args = parser.parse_args(argv)
+    try:
+        names = list(VARIANTS) if args.variants == "all" else args.variants.split(",")
+        if unknown := [name for name in names if name not in VARIANTS]:
+            raise ValueError(f"there is no variant {', '.join(unknown)}: expected some of "
+                             f"{', '.join(VARIANTS)}")
+        processes = Processes(args.device)
+        config = replace(
+            RECIPES["amd-135m"][0], preset=args.preset, block=args.block,
+            micro_batch=args.micro_batch, compile=not args.eager,
+            batch_tokens=args.micro_batch * args.block * processes.world)
+        if args.agree:
+            agree(args.agree, config, processes)
+        else:
+            table(config, processes, names, args.steps)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"training.py: error: {error}\n")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
