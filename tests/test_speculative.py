@@ -284,3 +284,31 @@ def test_statistics_follow_their_definitions():
 def test_expected_tokens_is_the_papers_formula():
     for alpha in (0.0, 0.3, 0.9, 1.0):
         assert expected_tokens(alpha, 5) == pytest.approx(oracle.expected_tokens(alpha, 5))
+
+
+# ------------------------------------------------------------------------------ the fast path
+
+def fast_and_eager(device: str) -> None:
+    target = random_model(SMALL, 1).float().to(device)
+    draft = random_model(SMALL, 2, like=target.cpu().double(), noise=0.08).float().to(device)
+    target = target.to(device)
+    for temperature in (0.0, 1.0):
+        for helper, gamma in ((None, 0), (draft, 3)):
+            texts = []
+            for graphs in (False, True):
+                decoder = Decoder(target, helper, gamma, temperature, length=50, graphs=graphs)
+                assert (decoder.graphs is not None) == (graphs and device == "cuda")
+                rounds = list(decoder.generate([PROMPTS[0]], 20, seed=3))
+                assert not (graphs and device == "cuda" and decoder.graphs is None), "fell back"
+                texts.append([t for done in rounds for t in done.tokens[0]])
+            assert texts[0] == texts[1], f"the fast path gives other tokens at {temperature}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_give_the_tokens_of_the_eager_path_from_the_same_uniforms():
+    fast_and_eager("cuda")
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_tokens_of_the_eager_path_on_a_cpu():
+    fast_and_eager("cpu")
