@@ -362,6 +362,14 @@ def test_bad_rows_are_counted_reported_and_skipped(bpe, tmp_path, capfd):
         data.prepare([f"a={path}"], bpe, tmp_path / "out2", max_bad=len(BAD) - 1)
 
 
+def test_a_text_that_is_not_utf8_is_a_bad_record(bpe, tmp_path, capfd):
+    (tmp_path / "a.txt").write_bytes(b"good\n")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9\n")
+    data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out", val_fraction=0, max_bad=1)
+    assert documents(tmp_path / "out", "train") == ["good\n"]
+    assert f"{tmp_path / 'b.txt'}, line 1: " in capfd.readouterr().err
+
+
 def test_bad_rows_of_earlier_runs_count(bpe, tmp_path, small_shards):
     path = tmp_path / "in.jsonl"
     good = [json.dumps({"text": story(i)}) for i in range(60)]
