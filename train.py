@@ -142,8 +142,9 @@ RECIPES = {
         replace(DEMO, name="demo-draft-base", mix="general", steps=200),
         replace(DEMO, name="demo-draft", mix="code", steps=600, sample="def ",
                 init="{out}/demo-draft-base"),
-        replace(GROWN, name="demo-target-base", mix="general", steps=50, init="{out}/demo-draft"),
-        replace(GROWN, name="demo-target", mix="code", steps=250, sample="def ",
+        replace(GROWN, name="demo-target-base", mix="general", steps=40, lr=3e-4,
+                init="{out}/demo-draft"),
+        replace(GROWN, name="demo-target", mix="code", steps=300, sample="def ",
                 init="{out}/demo-target-base")),
     "amd-135m": (AMD,),
     "amd-135m-code": (AMD_CODE,),
@@ -523,6 +524,7 @@ def train(config: TrainConfig, processes: Processes, resume: bool, command: str)
         if processes.rank == 0:
             save(config, step, model, trainer.optimizer, corpus.tokenizer)
             processes.say(f"saved step {step} in {folder}")
+        processes.any(False)            # no process goes on, or leaves, before it is there
 
     logged, since = first, time.perf_counter()
     with interruptions() as received:

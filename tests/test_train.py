@@ -96,8 +96,9 @@ def test_learning_rate_is_the_oracles():
         assert math.isclose(ours, theirs, rel_tol=1e-12), f"step {step}: {ours}, oracle {theirs}"
 
 
-def test_a_step_is_the_oracles_clipping_and_adamw(place):
-    config = replace(train.AMD, block=BLOCK, batch_tokens=ROWS * BLOCK, micro_batch=2, clip=0.05,
+@pytest.mark.parametrize("clip", (0.05, 50.0))
+def test_a_step_is_the_oracles_clipping_and_adamw(place, clip):
+    config = replace(train.AMD, block=BLOCK, batch_tokens=ROWS * BLOCK, micro_batch=2, clip=clip,
                      precision="fp32")
     net = Transformer.from_pretrained(place / "init")
     batch = torch.from_numpy(data.Loader(data.Corpus(place / "data"), BLOCK, ROWS, 0).batch(0))
@@ -109,12 +110,15 @@ def test_a_step_is_the_oracles_clipping_and_adamw(place):
         twin.load_state_dict({k: v.double() for k, v in net.state_dict().items()})
         logits = twin(batch[:, :-1])
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
-        slopes, norm = oracle.clip_by_global_norm([p.grad.numpy() for p in twin.parameters()], 0.05)
-        assert norm > 0.05, "the test's gradient is too small to be clipped: lower its clip"
+        slopes, norm = oracle.clip_by_global_norm([p.grad.numpy() for p in twin.parameters()], clip)
+        assert 0.05 < norm < 50, f"norm {norm}: one clip must be below it, the other above"
         for i, slope in enumerate(slopes):
             values[i], *moments[i] = oracle.adamw_step(
                 values[i], slope, *moments[i], step, 1e-3, 0.9, 0.95, 1e-8, 0.1)
         trainer.step(batch, 1e-3)
+        clipped = np.concatenate([slope.flatten() for slope in slopes])     # Adam hides its scale
+        error = np.linalg.norm(trainer.flat[:-1].numpy() - clipped) / np.linalg.norm(clipped)
+        assert error < 1e-4, f"the clipped gradient of step {step} is {error:.1e} off the oracle's"
         for value, (name, p) in zip(values, net.named_parameters()):
             # Adam divides by the gradient's size, so float32's noise in tiny ones shows: 1e-5.
             error = np.abs(value - p.detach().numpy()).max()
