@@ -562,7 +562,7 @@ def train(config: TrainConfig, processes: Processes, resume: bool, command: str)
                 show_sample(model, corpus.tokenizer, config, processes)
             if saving:
                 save_at(done)
-            if interrupted and done < config.steps:
+            if interrupted:
                 processes.say(f"interrupted; to go on: {command}")
                 return False
             logged, since = done, time.perf_counter()
@@ -658,7 +658,9 @@ def main(argv: list[str] | None = None) -> None:
         run(recipe, given, resume, command + " --resume")
     except (ValueError, OSError) as error:
         parser.exit(2, f"train.py: error: {error}\n")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:           # a GPU's own class is one; a CPU has none
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
         parser.exit(2, "train.py: error: the device is out of memory: lower --micro-batch (the "
                        "batch of a step stays the same), or set --loss-chunk 4096\n")
     finally:

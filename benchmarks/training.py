@@ -266,7 +266,7 @@ def measure(name: str, config: TrainConfig, processes: Processes, steps: int) ->
                 step(batch)
             wait()
             times.append((time.perf_counter() - began) / math.ceil(steps / 4))
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:          # a variant that fails is a row of the table too
         return {"name": name, "error": (str(error) or repr(error)).splitlines()[0][:90]}
     seconds = sorted(times)[1]
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None
