@@ -197,12 +197,13 @@ def build(data: Path, name: str, shots: int = 0, limit: int | None = None) -> li
         questions = []
         for place, row in read_rows(data / name, split):
             try:
-                question = TASKS[name].prompt(row)
-                assert 0 <= question.gold < len(question.answers) and all(question.answers)
-            except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-                raise ValueError(f"{place}: not a row of {name} with choices and the number of the "
-                                 f"right one ({error!r}): correct it or leave it out") from None
-            questions.append(question._replace(place=place))
+                question = TASKS[name].prompt(row)._replace(place=place)
+                if not (0 <= question.gold < len(question.answers) and all(question.answers)):
+                    raise ValueError(f"choice {question.gold} of {question.answers} is right")
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"{place}: not a row of {name} ({error!r}): expected the Hub's "
+                                 "fields, choices that are not empty and a right one") from None
+            questions.append(question)
         return questions
 
     questions = read(TASKS[name].split)[:limit]
@@ -368,6 +369,8 @@ def score(model: Transformer, questions: list[list[Request]],
 
 
 def score_batch(model: Transformer, groups: list[tuple[list[int], list[Request]]]) -> Iterator:
+    """score() of groups (shared tokens, requests), their requests in a row. P and R are the most
+    tokens that a group shares, and that a request reads beyond them."""
     def padded(rows: list[list[int]]) -> Tensor:
         width = max(1, *map(len, rows))
         return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
@@ -515,7 +518,7 @@ def run_compare(args) -> None:
     for path in map(Path, (args.a, args.b)):
         runs.append(json.loads(path.read_text(encoding="utf-8")))
         rows.append([json.loads(row) for row in path.with_suffix(".jsonl").open(encoding="utf-8")])
-    names = [name for name in runs[0]["tasks"] if name in runs[1]["tasks"]]
+    names = [name for name in runs[0].get("tasks", ()) if name in runs[1].get("tasks", ())]
     if not names:
         raise ValueError(f"{args.a} and {args.b} have no task in common: run both with --tasks")
     facts = [{key: run["settings"][key] for key in ("bos", "dtype", "max_len")} |
@@ -592,6 +595,14 @@ def write_programs(problems: list[dict], tokenizer: Tokenizer, args, stats: Stat
     return completions
 
 
+def judge(problems: list[dict], completions: list[str]) -> list[int]:
+    """1 for each completion that passes its problem's tests, else 0."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [int(passed) for passed, _ in pool.map(lambda problem, text: run_program(
+            problem["prompt"] + text, problem["test"], problem["entry_point"]),
+            problems, completions)]
+
+
 def run_humaneval(args) -> None:
     """AMD's second table: pass@k of the target alone and helped by the draft, and the speed."""
     problems = read_problems(args.data)[:args.limit]
@@ -623,12 +634,6 @@ def run_humaneval(args) -> None:
             speeds.append(stats.tokens_per_s)
             records = [{"task": name, "row": job["task_id"], "completion": text}
                        for job, text in zip(jobs, texts)]
-            if args.allow_code_execution:
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    verdicts = pool.map(lambda job, text: run_program(
-                        job["prompt"] + text, job["test"], job["entry_point"]), jobs, texts)
-                    for record, (passed, _) in zip(records, verdicts):
-                        record["acc"] = int(passed)
             result = {"sha256": fingerprint([job["prompt"] for job in jobs]), "caged": caged,
                       "samples": n, "tokens_per_s": speeds[-1]}
             speed = [None, None, speeds[-1]]
@@ -636,15 +641,17 @@ def run_humaneval(args) -> None:
                 result["accepted_per_drafted"] = stats.accepted_per_drafted
                 result["speedup"] = speeds[1] / speeds[0]
                 speed = [stats.accepted_per_drafted, amd[2], speeds[1], result["speedup"], amd[3]]
-            for k in (1, 10, 100):
-                if args.allow_code_execution and k <= n:
-                    right = [sum(record["acc"] for record in records[i:i + n])
-                             for i in range(0, len(jobs), n)]
+            if args.allow_code_execution:
+                verdicts = judge(jobs, texts)
+                records = [record | {"acc": acc} for record, acc in zip(records, verdicts)]
+                right = [sum(verdicts[i:i + n]) for i in range(0, len(jobs), n)]
+                for k in (k for k in (1, 10, 100) if k <= n):
                     result[f"pass@{k}"], result[f"pass@{k}_stderr"] = mean_and_error(
                         [pass_at_k(n, c, k) for c in right])
-                if k <= n:
-                    line(name, k, result.get(f"pass@{k}"), result.get(f"pass@{k}_stderr"),
+                    line(name, k, result[f"pass@{k}"], result[f"pass@{k}_stderr"],
                          amd[bool(helper)] if k == 1 else None, *speed)
+            else:
+                line(name, None, None, None, amd[bool(helper)], *speed)
             report["tasks"][name], rows = result, rows + records
         if draft and not sampling:
             print(f"greedy completions equal with and without the draft: "
@@ -698,6 +705,7 @@ def cage() -> None:
                             (resource.RLIMIT_FSIZE, 1 << 24), (resource.RLIMIT_NOFILE, 64),
                             (resource.RLIMIT_NPROC, 1), (resource.RLIMIT_CORE, 0)):
             resource.setrlimit(limit, (most, most))
+        os.kill = os.killpg = None  # uncaged, kill(-1, 9) would end all that the user runs
         scope = {"__name__": "program"}
         try:
             exec(compile(program, "program", "exec"), scope)
@@ -750,6 +758,9 @@ def run_plot(args) -> None:
                         panels[label, "tokens"][run.name].append((row["tokens"], row[key]))
         else:
             figures = json.loads(run.read_text(encoding="utf-8"))
+            if not isinstance(figures.get("gamma"), int):
+                raise ValueError(f"{run} has no number gamma: expected what `python speculative.py "
+                                 "--gamma N --json FILE` writes, or a folder of train.py")
             for label, part in (("greedy", figures), ("sampled", figures.get("sampled"))):
                 if part:
                     panels["speed-up", "gamma"][label].append((part["gamma"], part["speedup"]))
@@ -775,6 +786,12 @@ def run_plot(args) -> None:
 
 # ------------------------------------------------------------------------------------------- main
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -789,16 +806,16 @@ def main(argv: list[str] | None = None) -> None:
     human.add_argument("--target", required=True, help="folder of a checkpoint")
     human.add_argument("--draft", help="folder of a smaller one with the same tokenizer")
     human.add_argument("--data", required=True, help="folder with humaneval/HumanEval.jsonl.gz")
-    human.add_argument("--samples", type=int, default=1, help="for each problem, when sampling")
-    human.add_argument("--batch", type=int, default=1, help="problems decoded together")
-    human.add_argument("--max-new-tokens", type=int, default=1024)
-    human.add_argument("--gamma", type=int, default=5, help="drafted tokens a round")
+    human.add_argument("--samples", type=positive, default=1, help="a problem, when sampling")
+    human.add_argument("--batch", type=positive, default=1, help="problems decoded together")
+    human.add_argument("--max-new-tokens", type=positive, default=1024)
+    human.add_argument("--gamma", type=positive, default=5, help="drafted tokens a round")
     human.add_argument("--seed", type=int, default=0)
     human.add_argument("--allow-code-execution", action="store_true",
                        help="run what the model wrote, caged as far as the kernel allows")
     for command in (scores, human):
         command.add_argument("--bos", action="store_true", help="put BOS before every text")
-        command.add_argument("--limit", type=int, help="only the first rows")
+        command.add_argument("--limit", type=positive, help="only the first rows")
         command.add_argument("--json", metavar="FILE", help="write the results, and each row's")
         command.add_argument("--device")
         command.add_argument("--dtype", default="float32",

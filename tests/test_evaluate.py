@@ -510,13 +510,19 @@ def test_a_malformed_row_is_named(content, complaint, checkpoint, tmp_path, caps
     (["CHECKPOINT", "--text", "nothing.txt"], "nothing.txt"),
     (["nowhere", "--tasks", "arc_easy", "--data", "ROWS"], "nowhere"),
     (["CHECKPOINT", "--colour"], "unrecognized arguments: --colour"),
-    (["CHECKPOINT", "--limit", "ten"], "invalid int value: 'ten'"),
+    (["CHECKPOINT", "--limit", "ten"], "invalid positive value: 'ten'"),
+    (["CHECKPOINT", "--limit", "0"], "0 is less than 1"),
     (["humaneval", "--target", "CHECKPOINT", "--data", "ROWS"], "HumanEval.jsonl.gz is missing"),
     (["compare", "a.json", "b.json"], "a.json"),
     (["plot", "nowhere"], "nowhere"),
+    (["plot", "OTHER"], "has no number gamma"),
+    (["compare", "OTHER", "OTHER"], "no task in common"),
 ])
 def test_a_mistake_gets_one_sentence(argv, complaint, checkpoint, arc_data, capsys):
-    names = {"CHECKPOINT": checkpoint("a"), "ROWS": arc_data}
+    other = Path(arc_data) / "other.json"
+    other.write_text("{}")
+    other.with_suffix(".jsonl").write_text("")
+    names = {"CHECKPOINT": checkpoint("a"), "ROWS": arc_data, "OTHER": str(other)}
     assert complaint in refuses(capsys, *(names.get(word, word) for word in argv))
 
 

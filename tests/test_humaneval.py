@@ -1,11 +1,12 @@
 """Claims about running what a model wrote (evaluate.py): right programs pass, no attack does.
 
-Each attack defines f so that f() == 1 only if the attack got through; check() asserts that.
+Each attack defines f so that f() == 1 only if the attack got through; check() asserts that. None
+would do harm if it did get through: what kills only asks whether it could, what floods is bounded.
 """
 import inspect
 import os
 import socket
-import threading
+import subprocess
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,7 @@ ATTACKS = {
     "a long sleep": "import time\ndef f():\n    time.sleep(60)\n    return 1",
     "endless recursion": "def f():\n    return f()",
     "KeyboardInterrupt": "def f():\n    raise KeyboardInterrupt",
-    "8 GB of memory": "def f():\n    return len(bytearray(8 << 30)) // (8 << 30)",
+    "8 GB of memory": "import mmap\ndef f():\n    mmap.mmap(-1, 8 << 30)\n    return 1",
     "a printed 'passed'": "import os\nprint('passed', flush=True)\ndef f():\n"
                           "    for fd in range(20):\n"
                           "        try: os.write(fd, b'caged passed')\n"
@@ -53,10 +54,14 @@ import gc, os, re, sys
 def f():
     frame, seen = sys._getframe(), []
     while frame:
-        seen += [repr(frame.f_locals), repr(frame.f_globals)]
+        seen += [*frame.f_locals.values(), *frame.f_globals.values()]
         frame = frame.f_back
-    seen += [repr(x)[:10000] for x in gc.get_objects() if isinstance(x, (list, tuple))]
-    for word in set(re.findall('[0-9a-f]{32}', ' '.join(seen))):
+    for x in gc.get_objects():
+        if isinstance(x, (list, tuple)):
+            seen += x
+        elif isinstance(x, dict):
+            seen += x.values()
+    for word in {x for x in seen if isinstance(x, str) and re.fullmatch('[0-9a-f]{32}', x)}:
         for fd in range(20):
             try: os.write(fd, word.encode())
             except OSError: pass
@@ -64,7 +69,7 @@ def f():
 }
 # What needs the kernel's namespaces.
 CAGE_ATTACKS = {
-    "a fork bomb": "import os\ndef f():\n    while True:\n        os.fork()",
+    "a fork bomb": "import os\ndef f():\n    for _ in range(9): os.fork()\n    return 1",
     "a process that outlives it": "import os, time\nif os.fork() == 0:\n    os.setsid()\n"
                                   "    time.sleep(60)\ndef f(): return 1",
     "a program started": "import subprocess\ndef f():\n"
@@ -81,13 +86,13 @@ CAGE_ATTACKS = {
     "the mounts made writable again": "import ctypes\ndef f():\n"
                                       "    libc = ctypes.CDLL(None)\n    libc.umount2(b'.', 2)\n"
                                       "    attr = (ctypes.c_uint64 * 4)(0, 1, 0, 0)\n"
-                                      "    libc.syscall(442, -100, b'/', 0x8000, attr, 32)\n"
+                                      "    libc.syscall(442, -100, b'/', 0, attr, 32)\n"
                                       "    open('/tmp/MARKER', 'w')\n    return 1",
     "the parent's environment": "import os, glob\ndef f():\n    found = set(os.environ) - "
                                 "{'LC_CTYPE'}\n    for path in glob.glob('/proc/*/environ'):\n"
                                 "        try: found |= set(open(path, 'rb').read())\n"
                                 "        except OSError: pass\n    return int(bool(found))",
-    "every process killed": "import os\nos.kill(-1, 9)\ndef f(): return 0",
+    "every process killed": "import posix\ndef f():\n    posix.kill(-1, 0)\n    return 1",
     "the parent killed": "import os\ndef f():\n    return int(os.getppid() > 0)",
     "real root again": "import os\ndef f():\n    os.setresuid(0, 0, 0)\n    return 1",
 }
@@ -160,7 +165,21 @@ def test_attacks_side_by_side_leave_no_files_behind(tmp_path, monkeypatch, survi
         verdicts = list(pool.map(lambda p: evaluate.run_program(p, CHECK, "f", 2)[0], programs))
     assert verdicts == [False, False, True, True], "neighbours changed each other's verdicts"
     assert not survivors() and not list(tmp_path.iterdir()), "something was left behind"
-    assert threading.active_count() < 50
+
+
+def test_what_a_program_prints_does_not_reach_the_parent(monkeypatch):
+    sizes = []
+
+    class Recorder(subprocess.Popen):
+        def communicate(self, *args, **settings):
+            answer = super().communicate(*args, **settings)
+            sizes.append(len(answer[0]))
+            return answer
+
+    monkeypatch.setattr(evaluate.subprocess, "Popen", Recorder)
+    loud = "import sys\ndef f():\n    print('x' * 10**7, flush=True)\n    return 1"
+    assert evaluate.run_program(loud, CHECK, "f") == (True, CAGED)
+    assert sizes[0] < 100, "an endless print would fill the parent's memory"
 
 
 @needs_data
