@@ -436,8 +436,8 @@ def complete(target: Transformer, prompts: list[list[int]], max_new_tokens: int,
 
 # ----------------------------------------------------------------------------------- the comparison
 
-def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tuple[float, float]:
-    """c and t(G+1)/t(1): what one draft and one verification cost, in plain steps of the target."""
+def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tuple[float, ...]:
+    """Seconds of a plain step, of drafting a token, and of verifying G + 1: medians of 30."""
     def seconds(decoder: Decoder, step: Callable) -> float:
         times = []
         for _ in range(30):
@@ -461,7 +461,7 @@ def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tupl
             steps = [plain.plain_step, lambda: fast.propose(G), lambda: fast.decide(*drafts)]
         one, propose, decide = (seconds(decoder, step)
                                 for decoder, step in zip((plain, fast, fast), steps))
-    return propose / G / one, decide / one
+    return one, propose / G, decide
 
 
 def synchronize(device: torch.device) -> None:
@@ -501,9 +501,10 @@ def compare(target: Transformer, draft: Transformer, prompts: list[list[int]], m
     # What the formula makes of the measured acceptance and costs (Leviathan, Theorem 3.8, which
     # takes a verification to cost as much as one token; here its measured cost counts).
     G = round(figures["mean_gamma"])
-    c, v = step_costs(*decoders, prompts[0], G)
-    return figures | {"draft_cost": c, "verify_cost": v, "predicted_speedup":
-                      expected_tokens(fast.alpha_overlap, G) / (G * c + v)}
+    one, draft_step, verification = step_costs(*decoders, prompts[0], G)
+    return figures | {
+        "draft_cost": draft_step / one, "verify_cost": verification / one, "predicted_speedup":
+        expected_tokens(fast.alpha_overlap, G) * one / (G * draft_step + verification)}
 
 
 # ------------------------------------------------------------------------------------ command line
