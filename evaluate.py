@@ -698,6 +698,8 @@ def cage() -> None:
             caged = False
     child = os.fork()               # the first process of the namespace: all others end with it
     if child == 0:
+        if hasattr(libc, "prctl"):
+            libc.prctl(1, signal.SIGKILL)       # PR_SET_PDEATHSIG: and this one with its parent
         if caged:
             os.write(answer, b"caged ")
             libc.unshare(0x10000000)            # a second user namespace: no rights over the first
