@@ -102,7 +102,7 @@ class Stats:
     rounds: int = 0                 # rounds of single rows
     emitted: int = 0                # tokens handed out (not the prompt's)
     drafted: int = 0
-    accepted: int = 0
+    accepted: int = 0               # counted before EOS or the limit cuts a round short
     overlap: float = 0.0            # sum over tested drafts of sum_x min(p(x), q(x))
     seconds: float = 0.0
     tested_at: list[int] = field(default_factory=list)      # by position in the draft: how often
@@ -170,8 +170,8 @@ class DraftLength:
 
     def choose(self) -> int:
         n, g, gg, s, gs = self.sums
-        if n < 4:                                   # rounds of two lengths give the line
-            return 2 if n % 2 else 6
+        if n < 4 or n * gg == g * g:                # it takes rounds of two lengths to fit a line
+            return 2 if g else 6
         slope = max((n * gs - g * s) / (n * gg - g * g), 1e-9)
         base = max(s / n - slope * g / n, slope)    # no round is cheaper than its drafts alone
         return max(range(1, MAX_AUTO_GAMMA + 1),
@@ -307,8 +307,6 @@ class Decoder:
 
     def round(self, G: int) -> Tensor:
         """One round of G drafts, or with 0 a plain step: what decide() returns."""
-        if self.graphs is not None and G not in self.graphs:
-            self.record(G)
         if self.graphs is None:
             return self.decide(*self.propose(G)) if G else self.plain_step()
         graphs, output = self.graphs[G]
@@ -379,6 +377,10 @@ class Decoder:
                 f"got {len(prompts)} prompts of {[len(p) for p in prompts]} tokens, expected "
                 f"{len(self.tail)} of 1 to {self.length - 1}: the context must hold the prompt and "
                 "a new token, so shorten the prompt")
+        V = self.target.config.vocab_size
+        if not all(0 <= token < V for prompt in prompts for token in prompt):
+            raise ValueError(f"a prompt has tokens outside of 0 to {V - 1}, the target's "
+                             "vocabulary: encode it with the target's tokenizer")
         stats = stats if stats is not None else Stats()
         generators = [torch.Generator().manual_seed(seed + b) for b in range(len(prompts))]
         new = [[] for _ in prompts]
@@ -386,8 +388,12 @@ class Decoder:
         began = time.perf_counter()
         self.start(prompts)
         while any(limit):
-            round_began = time.perf_counter()
             G = self.auto.choose() if self.auto else self.gamma
+            round_began = time.perf_counter()
+            if self.graphs is not None and G not in self.graphs:
+                self.record(G)
+                began += time.perf_counter() - round_began      # start-up is not decoding
+                round_began = time.perf_counter()
             self.u[:, :2 * G + 1] = torch.stack([
                 torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators])
             result = self.round(G)
@@ -454,7 +460,8 @@ def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tupl
         plain.start([prompt])
         fast.start([prompt])
         if fast.graphs is not None:
-            fast.round(G)                                       # gamma "auto": not recorded yet
+            if G not in fast.graphs:                            # gamma "auto" never chose it
+                fast.record(G)
             steps = [g.replay for decoder, n in ((plain, 0), (fast, G)) for g in decoder.graphs[n][0]]
         else:
             drafts = fast.propose(G)
@@ -533,13 +540,16 @@ def held_out_prompts(folder: Path, count: int, length: int) -> list[list[int]]:
     """Prompts of at most `length` tokens that end with the head of a function, each from another
     held-out file of a data set's source "code": the function's body is left to be written."""
     corpus, prompts = Corpus(folder, "val"), []
-    tokens = corpus.tokens("code")[:2**20].tolist()             # documents, each closed by EOS
-    while corpus.tokenizer.eos_id in tokens:
-        end = tokens.index(corpus.tokenizer.eos_id)
-        source, tokens = corpus.tokenizer.decode(tokens[:end]), tokens[end + 1:]
-        heads = [m.end() for m in re.finditer(r"^ *def \w+\(.*\):\n", source, re.M)]
+    tokenizer, tokens = corpus.tokenizer, corpus.tokens("code")[:2**20]
+    ends = (tokens == tokenizer.eos_id).nonzero()[0]            # documents are closed by EOS
+    for start, end in zip([0, *(ends + 1)], ends):
+        document = tokens[start:end].tolist()
+        text = tokenizer.decode_bytes(document)
+        heads = [m.end() for m in re.finditer(rb"^ *def \w+\(.*\):\n", text, re.M)]
         if heads:
-            prompts.append(corpus.tokenizer.encode(source[:heads[len(heads) // 2]])[-length:])
+            # Cut where a token ends: ":" and the indentation of the next line may be one.
+            reached = tokenizer.byte_lengths[document].cumsum() >= heads[len(heads) // 2]
+            prompts.append(document[:int(reached.argmax()) + 1][-length:])
     if len(prompts) < count:
         raise ValueError(f"{folder} has {len(prompts)} held-out files with functions, expected "
                          f"{count}: prepare more code, or give --prompt")
