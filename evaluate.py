@@ -289,29 +289,31 @@ def start_of_text(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
-def encode(question: Question, tokenizer: Tokenizer, bos: bool, max_len: int) -> list[Request]:
-    """Context and continuation are tokenized as one text, and what the context's own tokens leave
-    of it is scored. What is too long loses its beginning; the last token is foretold, not read."""
-    requests = []
+def encode(question: Question, tokenizer: Tokenizer, bos: bool,
+           max_len: int) -> tuple[list[Request], int]:
+    """A question's requests in tokens, and how many of them are too long and lose their beginning.
+
+    Context and continuation are tokenized as one text, and what the context's own tokens leave of
+    it is scored. The last token is foretold, not read."""
+    requests, cut = [], 0
     for context, continuation in question.requests:
         # White space at the end of a context belongs to the token that follows it.
         before, whole = tokenizer.encode(context.rstrip()), tokenizer.encode(context + continuation)
         count = len(whole) - len(before)
-        if not 1 <= count <= max_len:
-            raise ValueError(f"{question.place}: {count} tokens of {continuation[:40]!r} are its "
-                             f"own, expected 1 to {max_len}: leave this row out")
+        if count < 1:
+            raise ValueError(f"{question.place}: the last token of the context reaches to the end "
+                             f"of {continuation[:40]!r}: nothing is left to score, leave it out")
         whole = [start_of_text(tokenizer)] * (bos or not before) + whole
-        requests.append((whole[-(max_len + 1):], count))
-    return requests
+        requests.append((whole[-(max_len + 1):], min(count, max_len)))
+        cut += len(whole) > max_len + 1
+    return requests, cut
 
 
 def windows(tokens: list[int], first: int, max_len: int) -> list[Request]:
     """Rolling windows: each token is scored once, `first` never; the last is filled to the left."""
     tokens = [first, *tokens]
-    starts = range(1, len(tokens), max_len)
-    ends = [min(start + max_len, len(tokens)) for start in starts]
-    return [(tokens[max(0, end - max_len - 1):end], end - start)
-            for start, end in zip(starts, ends)]
+    spans = [(start, min(start + max_len, len(tokens))) for start in range(1, len(tokens), max_len)]
+    return [(tokens[max(0, end - max_len - 1):end], end - start) for start, end in spans]
 
 
 def progress(title: str, total: int) -> Callable[[int], None]:
@@ -336,8 +338,9 @@ def score(model: Transformer, questions: list[list[Request]],
     The requests of a question begin alike. Where they share more than they differ in, the model
     reads that once, and then, with its keys and values repeated, what differs: often nothing, as
     for MMLU's letters, which are foretold but not read. Batches are of like lengths."""
-    budget = 512 if model.device.type == "cpu" else 65536      # tokens read at once, with padding
-    groups = []                                                 # (shared tokens, requests)
+    # Tokens read at once, with padding: what a core's cache holds, or what keeps a GPU busy.
+    budget = 512 if model.device.type == "cpu" else 65536
+    groups = []         # (shared tokens, requests)
     for question in questions:
         inputs = [tokens[:-1] for tokens, _ in question]
         shared = os.path.commonprefix(inputs)
@@ -488,9 +491,9 @@ def run_scores(args) -> None:
         line("task", "metric", "score", "stderr", "n", "chance", "constant", "AMD", "cut")
     for name, questions in asked.items():
         max_len = model.config.max_position_embeddings
-        requests = [encode(question, tokenizer, args.bos, max_len) for question in questions]
+        requests, cuts = zip(*(encode(x, tokenizer, args.bos, max_len) for x in questions))
         result, records = grade(name, questions, score(model, requests, name))
-        result["cut"] = sum(len(tokens) > max_len for group in requests for tokens, _ in group)
+        result["cut"] = sum(cuts)
         report["tasks"][name], rows = result, rows + records
         for metric in TASKS[name].metrics:
             line(name, metric, result[metric], result[metric + "_stderr"], result["n"],

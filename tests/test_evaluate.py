@@ -1,4 +1,4 @@
-"""Claims about evaluate.py: the protocol, the scoring, the statistics, the comparison, the pictures.
+"""Claims about evaluate.py: the protocol, the scoring, the statistics, comparing, drawing.
 
 The protocol is held against golden.json (what lm-evaluation-harness did with the files in
 EVAL_DATA) and, where the package lm_eval is there, against the harness itself.
@@ -146,7 +146,8 @@ def test_the_shots_of_winogrande_hold_the_right_option(tmp_path):
     other = row | {"sentence": "Ann met Sarah and _ sang.", "option2": "Ann", "answer": "2"}
     write_rows(write_rows(tmp_path, "winogrande", [row]), "winogrande", [other] * 2, "train")
     [question] = build(tmp_path, "winogrande", shots=1)
-    assert question.requests[1] == ("Ann met Sarah and Ann sang.\n\nSarah beat Maria so Maria", " won.")
+    assert question.requests[1] == (
+        "Ann met Sarah and Ann sang.\n\nSarah beat Maria so Maria", " won.")
 
 
 def test_the_shots_of_mmlu_are_the_first_of_the_subject(tmp_path):
@@ -178,7 +179,7 @@ def tokenizer():
 
 def test_the_continuation_is_what_the_context_leaves_of_the_whole(tokenizer):
     question = Question([("A context ", "of words"), ("", "words")], ["of words", "words"], 0)
-    (tokens, count), (alone, all_of_it) = encode(question, tokenizer, bos=False, max_len=100)
+    [(tokens, count), (alone, all_of_it)], _ = encode(question, tokenizer, False, max_len=100)
     assert tokens == tokenizer.encode("A context of words")
     assert tokens[-count:] == tokenizer.encode(" of words"), "the space belongs to what follows it"
     assert alone == [tokenizer.eos_id] + tokenizer.encode("words"), "no context: one EOS"
@@ -188,23 +189,26 @@ def test_the_continuation_is_what_the_context_leaves_of_the_whole(tokenizer):
 def test_bos_is_prepended_only_when_asked_for(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "bos_id", 7)
     question = Question([("A context", " of words"), ("", "words")], ["of words", "words"], 0)
-    plain = encode(question, tokenizer, bos=False, max_len=100)
-    with_bos = encode(question, tokenizer, bos=True, max_len=100)
+    plain, _ = encode(question, tokenizer, bos=False, max_len=100)
+    with_bos, _ = encode(question, tokenizer, bos=True, max_len=100)
     assert with_bos[0] == ([7, *plain[0][0]], plain[0][1])
     assert with_bos[1] == plain[1] == ([7, *tokenizer.encode("words")], plain[1][1])
 
 
-def test_what_is_too_long_loses_its_beginning(tokenizer):
+def test_what_is_too_long_loses_its_beginning_and_is_counted(tokenizer):
     question = Question([("A much too long context", " of words")], ["of words"], 0)
-    [(tokens, count)] = encode(question, tokenizer, bos=False, max_len=5)
     whole = tokenizer.encode("A much too long context of words")
-    assert tokens == whole[-6:], "the model reads max_len tokens; the last one is only foretold"
-    assert count == len(tokenizer.encode(" of words"))
+    ending = len(tokenizer.encode(" of words"))
+    fits = len(whole) - 1               # the model reads all but the last token, which it foretells
+    for max_len, cut in ((fits + 1, 0), (fits, 0), (fits - 1, 1), (ending, 1), (ending - 1, 1)):
+        [(tokens, count)], found = encode(question, tokenizer, bos=False, max_len=max_len)
+        assert (tokens, count) == (whole[-(max_len + 1):], min(ending, max_len)), max_len
+        assert found == cut, f"{len(whole)} tokens in a context of {max_len}"
 
 
 def test_a_token_that_spans_the_join_is_an_error_that_names_the_row(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "encode", lambda text: [1, 2])
-    with pytest.raises(ValueError, match="rows.jsonl:3: 0 tokens of ' b' are its own"):
+    with pytest.raises(ValueError, match="rows.jsonl:3: the last token of the context"):
         encode(Question([("a", " b")], ["b"], 0, "rows.jsonl:3"), tokenizer, False, 10)
 
 
@@ -488,15 +492,15 @@ def test_runs_are_drawn_as_svg(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n{"goal', "validation.jsonl:2: not a JSON"),
-    ('{"goal": "g", "sol1": "a", "label": 0}\n', "validation.jsonl:1: not a row of piqa"),
-    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": -1}\n', "validation.jsonl:1: not a row"),
-    ('{"goal": "g", "sol1": "", "sol2": "b", "label": 0}\n', "validation.jsonl:1: not a row"),
-    ("[1, 2]\n", "validation.jsonl:1: not a row of piqa"),
+    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n{"go', "valid.jsonl:2: not a JSON"),
+    ('{"goal": "g", "sol1": "a", "label": 0}\n', "valid.jsonl:1: not a row of piqa"),
+    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": -1}\n', "valid.jsonl:1: not a row"),
+    ('{"goal": "g", "sol1": "", "sol2": "b", "label": 0}\n', "valid.jsonl:1: not a row"),
+    ("[1, 2]\n", "valid.jsonl:1: not a row of piqa"),
 ])
 def test_a_malformed_row_is_named(content, complaint, checkpoint, tmp_path, capsys):
     (tmp_path / "rows" / "piqa").mkdir(parents=True)
-    (tmp_path / "rows" / "piqa" / "validation.jsonl").write_text(content)
+    (tmp_path / "rows" / "piqa" / "valid.jsonl").write_text(content)
     assert complaint in refuses(capsys, checkpoint("a"), "--tasks", "piqa",
                                 "--data", str(tmp_path / "rows"))
 
@@ -604,12 +608,12 @@ def test_the_harness_finds_the_same_likelihoods_and_accuracies(bos, harness, tin
             questions = build(EVAL_DATA, name, limit=20)
         else:
             questions = build(write_rows(tmp_path, name, rows), name)
-        ours = score(model, [encode(question, tokenizer, bos, 128) for question in questions])
+        ours = score(model, [encode(x, tokenizer, bos, 128)[0] for x in questions])
         pairs = [pair for question in questions for pair in question.requests]
         results = iter(theirs.loglikelihood(
             [Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True))
         results = [[next(results) for _ in question.requests] for question in questions]
-        for (a, greedy), (b, is_greedy) in zip(*map(itertools.chain.from_iterable, (ours, results))):
+        for (a, greedy), (b, is_greedy) in zip(itertools.chain(*ours), itertools.chain(*results)):
             assert abs(a - b) < 1e-4, f"{name}, BOS {bos}: {a} here, {b} in the harness"
             assert greedy == is_greedy
         assert grade(name, questions, ours)[0]["acc"] == grade(name, questions, results)[0]["acc"]
