@@ -2,16 +2,17 @@
 
 The pipeline, in the order of this file:
 
-    texts --train_bpe--> Tokenizer --prepare--> folder of token shards --Loader--> (B, T + 1)
+    texts --train_bpe--> Tokenizer --prepare--> folder of tokens --Loader--> (B, T + 1)
 
 1.  A `Tokenizer` is a tiktoken `Encoding` plus the bytes that each id stands for. `train_bpe` makes
     one by byte-pair encoding; `load_tokenizer` reads one, Llama-2's SentencePiece model included.
 2.  A *source* is a named stream of documents: files of your own, a Hub data set, or the Python that
     runs this script: its docstrings ("general") and sources ("code") need no download.
-3.  `prepare` writes each document's tokens and one end-of-text token into shards, on all cores.
-    A hash of the document decides whether it trains or validates.
+3.  `prepare` appends each document's tokens and one end-of-text token to a file, on all cores. A
+    hash of the document decides whether it trains or validates.
 4.  `Loader.batch(step, rank, world)` is a pure function. No position in the data is stored, so
     resuming is asking for the next step, and any number of ranks sees the same rows.
+5.  `fetch` gets the rows of evaluate.py's benchmarks.
 
 Letters: B rows of a batch, T tokens of a row, V entries of the vocabulary.
 
@@ -45,10 +46,11 @@ import sys
 import sysconfig
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -57,23 +59,37 @@ import numpy as np
 import regex  # tiktoken depends on it: the same syntax of patterns, \p{L} included
 import tiktoken
 
+try:
+    import fcntl
+except ImportError:                 # Windows
+    fcntl = None
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Say which file a full disk (or a limit on sizes) stopped, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(f"no room to write {path} ({error.strerror}): free some space and run "
+                          "the same command again; what was finished before is kept") from None
+        raise
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that takes its name only when it is complete and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with room_for(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"no room to write {path} ({error.strerror}): free some space and run "
-                          "the same command again; what was finished before is kept") from None
-        raise
 
 
 # --------------------------------------------------------------------------------- tokenizers
@@ -158,22 +174,21 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into a folder, each one whole or not at all."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
             with atomic(Path(folder) / name) as file:
                 file.write(content)
 
 
-def hugging_face_files(vocab: dict[str, int], ranks: dict[str, int], added: dict[str, bool],
+def hugging_face_files(vocab: dict[str, int], ranks: Iterable[str], added: dict[str, bool],
                        parts: dict[str, Any], **roles: str) -> dict[str, bytes]:
     """tokenizer.json and its config, for transformers' AutoTokenizer.
 
-    ranks: the order of merging; added: tokens that are not made by merging -> are they special?
+    ranks: the tokens that merging makes, in its order; added: the others -> are they special?
 
     It wants the pairs that were merged, in order. They are found again by merging each token's own
     characters with the ranks below its own: the last two parts are the pair.
     """
-    merges = []
+    ranks, merges = {name: rank for rank, name in enumerate(ranks)}, []
     for name, rank in ranks.items():
         pair = list(name)
         while len(pair) > 2:
@@ -181,18 +196,14 @@ def hugging_face_files(vocab: dict[str, int], ranks: dict[str, int], added: dict
             pair[i:i + 2] = [pair[i] + pair[i + 1]]
         if len(pair) == 2:
             merges.append(pair)
-    added_tokens = [{"id": vocab[name], "content": name, "special": special, "normalized": False,
-                     "single_word": False, "lstrip": False, "rstrip": False}
-                    for name, special in added.items()]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": "<0x00>" in vocab,
-             "vocab": vocab, "merges": merges}
-    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-                 "pre_tokenizer": None, "post_processor": None, "added_tokens": added_tokens,
-                 "model": model, **parts}
+    model = {"type": "BPE", "byte_fallback": "<0x00>" in vocab, "vocab": vocab, "merges": merges}
+    flags = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    tokens = [{"id": vocab[text], "content": text, "special": special, **flags}
+              for text, special in added.items()]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles,
               "clean_up_tokenization_spaces": False}
-    return {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False).encode(),
+    return {"tokenizer.json": json.dumps({"version": "1.0", "added_tokens": tokens, "model": model,
+                                          **parts}, ensure_ascii=False).encode(),
             "tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
 
@@ -335,53 +346,46 @@ class SentencePiece(Tokenizer):
         decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                     {"type": "ByteFallback"}, {"type": "Fuse"},
                     {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+        normalizers = [{"type": "Prepend", "prepend": SPACE},
+                       {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
         roles = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         return ({"tokenizer.model": self.model} if self.model else {}) | hugging_face_files(
-            vocab, {text: rank for rank, text in enumerate(self.merged)}, self.added,
+            vocab, self.merged, self.added,
             {"decoder": {"type": "Sequence", "decoders": decoders},
-             "normalizer": {"type": "Sequence", "normalizers": [
-                 {"type": "Prepend", "prepend": SPACE},
-                 {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]}},
+             "normalizer": {"type": "Sequence", "normalizers": normalizers}},
             **{role: self.vocabulary[i][0] for role, i in roles.items() if i is not None})
 
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Yield (number, value) of a protobuf message: an integer, or the bytes of anything else."""
-    at = 0
+    stream = io.BytesIO(message)
 
     def varint() -> int:                                    # 7 bits a byte, the lowest first
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
+        byte = stream.read(1)[0]
+        return byte if byte < 128 else byte - 128 + (varint() << 7)
 
-    while at < len(message):
+    while stream.tell() < len(message):
         number, wire_type = divmod(varint(), 8)
         if wire_type == 0:
             yield number, varint()
             continue
         size = {1: 8, 5: 4}.get(wire_type) or varint()
-        if wire_type not in (1, 2, 5) or at + size > len(message):
+        if wire_type not in (1, 2, 5) or stream.tell() + size > len(message):
             raise ValueError("damaged protobuf")
-        yield number, message[at:at + size]
-        at += size
+        yield number, stream.read(size)
 
 
 def read_sentencepiece(model: bytes) -> SentencePiece:
     """Read a tokenizer.model: sentencepiece_model.proto's ModelProto, as far as it matters here."""
-    pieces, trainer, normalizer = [], {}, {}
+    pieces, parts = [], {2: {}, 3: {}}
     for number, value in protobuf_fields(model):
         if number == 1:                                     # pieces: 1 text, 2 score, 3 type
             piece = dict(protobuf_fields(value))
             score, = struct.unpack("<f", piece.get(2, bytes(4)))
             pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
-        elif number == 2:
-            trainer = dict(protobuf_fields(value))
-        elif number == 3:
-            normalizer = dict(protobuf_fields(value))
+        elif number in parts:
+            parts[number] = dict(protobuf_fields(value))
+    trainer, normalizer = parts.values()
     unsupported = {
         "a model other than BPE": trainer.get(3, 1) != 2,
         "no byte fallback": not trainer.get(35),
@@ -401,7 +405,7 @@ def read_sentencepiece(model: bytes) -> SentencePiece:
 def read_tokenizer_json(content: bytes) -> SentencePiece:
     """Read a tokenizer.json of Llama-2's family, where merges have an order instead of scores."""
     tokenizer = json.loads(content)
-    model, merges = tokenizer["model"], tokenizer["model"]["merges"]
+    model = tokenizer["model"]
     before = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
     if not model.get("byte_fallback") or not re.search('"(Prepend|first|always)"', before):
         raise ValueError("not of Llama-2's family: no byte fallback, or no space put in front")
@@ -409,7 +413,7 @@ def read_tokenizer_json(content: bytes) -> SentencePiece:
     # converts a tokenizer.model, and splits "a  b" otherwise than the models have learnt.
     llama2 = {2 * SPACE: 259, 16 * SPACE: 462}.items() <= model["vocab"].items()
     scores: dict[str, float] = {}
-    for i, merge in enumerate(merges):                      # "a b" in old files, ["a", "b"] in new
+    for i, merge in enumerate(model["merges"]):             # "a b" in old files, ["a", "b"] in new
         text = "".join(merge.split(" ") if isinstance(merge, str) else merge)
         scores.setdefault(text, -math.inf if llama2 and not text.strip(SPACE) else -i)
     added = {token["content"]: token for token in tokenizer["added_tokens"]}
@@ -450,7 +454,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path).expanduser()
     if path.is_dir():
         path = next((path / name for name in READERS if (path / name).exists()), path)
-    read = next((READERS[name] for name in READERS if path.suffix == Path(name).suffix), None)
+    read = {Path(name).suffix: reader for name, reader in READERS.items()}.get(path.suffix)
     if not path.is_file() or not read:
         raise ValueError(f"{path} is no tokenizer: expected {', '.join(READERS)}, or a folder with "
                          "one of them (python data.py train-tokenizer makes one)")
@@ -465,12 +469,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 # --------------------------------------------------------------------------------- documents
 
 PLAIN, ROWS = (".txt", ".py"), (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-PIECE = 1 << 28                     # bytes of input files that are one piece of work
 NOT_CODE = {                        # folders in the standard library's that are left out:
     "site-packages", "dist-packages",                       # other people's
     "test", "tests", "idle_test",                           # tests, with broken examples
     "encodings", "pydoc_data",                              # tables; the topics are read below
 }
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+
+# Sources that need no path. AMD's corpora come from the Hub: the folder that AMD took, without the
+# rows that AMD left out. With NAME=hub:FOLDER they come from a copy of the whole data set, with
+# NAME=PATH from files alone.
+READY = {"general": f"python:{sys.version}", "code": f"python:{sys.version}",
+         "slimpajama": "hub:cerebras/SlimPajama-627B", "gutenberg": "hub:manu/project_gutenberg",
+         "starcoder-python": "hub:bigcode/starcoderdata"}
+FOLDER = {"starcoder-python": "python"}
+LEFT_OUT = {"slimpajama": lambda row: row["meta"]["redpajama_set_name"] == "RedPajamaBook"}
 
 
 class Record(NamedTuple):
@@ -479,50 +492,34 @@ class Record(NamedTuple):
     file: str                       # where it is from, for messages
     line: int
     row: dict[str, Any] | bytes     # fields, or a line of JSON still to be parsed
-    read: int = 0                   # bytes of the file that it took, for the progress line
     key: str = ""                   # what decides its split, if not its text
-
-
-def library_files() -> Iterator[tuple[str, str]]:
-    """Yield (name, source) of the running Python's standard library; nothing is imported."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py"), key=Path.as_posix):
-        name = path.relative_to(library)
-        if not NOT_CODE.intersection(name.parts) and not name.name.startswith("_sysconfigdata"):
-            yield name.as_posix(), path.read_text("utf-8", errors="replace")
+    read: int = 0                   # bytes of the file that are read by now
 
 
 def code() -> Iterator[Record]:
-    """The built-in corpus of code: the standard library's sources, about 10 MB."""
-    for name, source in library_files():
-        yield Record(name, 1, {"text": source}, key=name)
+    """The built-in corpus of code: the running Python's standard library, about 10 MB."""
+    for path in sorted(LIBRARY.rglob("*.py"), key=Path.as_posix):
+        name = path.relative_to(LIBRARY)
+        if not NOT_CODE.intersection(name.parts) and not name.name.startswith("_sysconfigdata"):
+            source = path.read_text("utf-8", errors="replace")
+            yield Record(name.as_posix(), 1, {"text": source}, key=name.as_posix())
 
 
 def general() -> Iterator[Record]:
     """The built-in corpus of English, about 2 MB: a module's docstrings make one document.
 
     Its key is the module's name, as in `code`: a module that is held out is so in both, so that no
-    held-out source has its docstrings in the training text.
+    held-out source has its docstrings in the training text. Nothing is imported.
     """
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for name, source in library_files():
-        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
-        docstrings = [text for node in nodes if (text := ast.get_docstring(node))]
-        yield Record(name, 1, {"text": "\n\n".join(docstrings)}, key=name)
-    topics = Path(sysconfig.get_paths()["stdlib"], "pydoc_data", "topics.py")
+    for module in code():
+        tree = ast.walk(ast.parse(module.row["text"]))
+        docstrings = [ast.get_docstring(node) for node in tree if isinstance(node, documented)]
+        yield module._replace(row={"text": "\n\n".join(filter(None, docstrings))})
+    topics = LIBRARY / "pydoc_data" / "topics.py"
     if topics.exists():             # what help("assert") shows: one dict, {topic: text}
         for topic, text in ast.literal_eval(ast.parse(topics.read_bytes()).body[0].value).items():
             yield Record(f"topic {topic}", 1, {"text": text}, key=f"topic {topic}")
-
-
-BUILT_IN = {"general": general, "code": code}
-
-# AMD's corpora on the Hub, the folder that AMD took, and the rows that AMD left out. With
-# NAME=hub:FOLDER they come from a copy of the whole data set, with NAME=PATH from files alone.
-READY = {"slimpajama": "hub:cerebras/SlimPajama-627B", "gutenberg": "hub:manu/project_gutenberg",
-         "starcoder-python": "hub:bigcode/starcoderdata"}
-FOLDER = {"starcoder-python": "python"}
-LEFT_OUT = {"slimpajama": lambda row: row["meta"]["redpajama_set_name"] == "RedPajamaBook"}
 
 
 def optional(module: str) -> Any:
@@ -533,70 +530,42 @@ def optional(module: str) -> Any:
         raise ValueError(f"it needs {module.partition('.')[0]}: pip install -e '.[hub]'") from None
 
 
-class Source(NamedTuple):
-    name: str
-    place: str                      # a path, hub:DATASET, or "" for a built-in source
+def find(source: str) -> tuple[str, dict[str, int]]:
+    """The name and the files, with their sizes, of NAME=PATH, NAME=hub:DATASET or a ready NAME."""
+    name, _, place = source.partition("=")
+    place = place or READY.get(name, "")
+    if not re.fullmatch(r"\w[\w.-]*", name) or not place:
+        raise ValueError(f"source {source!r} is neither NAME=PATH nor one of {', '.join(READY)}")
+    if place.startswith(("hub:", "python:")):
+        return name, {place: 0}
+    root = Path(place).expanduser()
+    paths = root.rglob("*") if root.is_dir() else [root]
+    # Sorted, so that the order of the documents depends on nothing but the names.
+    found = sorted(p.as_posix() for p in paths if p.name.endswith(PLAIN + ROWS) and p.is_file())
+    if not found:
+        raise ValueError(f"source {name}: {root} neither is nor holds a file of the kinds "
+                         f"{', '.join(PLAIN + ROWS)}")
+    return name, {path: os.path.getsize(path) for path in found}
 
-    @classmethod
-    def parse(cls, text: str) -> "Source":
-        """Read NAME=PATH, NAME=hub:DATASET, or the NAME of a built-in or ready-made source."""
-        name, _, place = text.partition("=")
-        place = place or READY.get(name, "")
-        if not re.fullmatch(r"\w[\w.-]*", name) or not (place or name in BUILT_IN):
-            raise ValueError(f"source {text!r} is neither NAME=PATH nor one of "
-                             f"{', '.join([*BUILT_IN, *READY])}")
-        return cls(name, place)
 
-    def files(self) -> list[tuple[str, int]]:
-        """The source's files with their sizes, in an order that depends on nothing else."""
-        if not self.place:
-            return [(f"Python {sys.version}", 0)]
-        if self.place.startswith("hub:"):
-            return [(self.place, 0)]
-        root = Path(self.place).expanduser()
-        paths = root.rglob("*") if root.is_dir() else [root]
-        found = sorted(p.as_posix() for p in paths if p.name.endswith(PLAIN + ROWS) and p.is_file())
-        if not found:
-            raise ValueError(f"source {self.name}: {root} neither is nor holds a file of the kinds "
-                             f"{', '.join(PLAIN + ROWS)}")
-        return [(path, os.path.getsize(path)) for path in found]
-
-    def pieces(self) -> Iterator[list[tuple[str, int]]]:
-        """The files in groups of up to PIECE bytes; a larger file is a group of its own."""
-        group: list[tuple[str, int]] = []
-        total = 0
-        for file, size in self.files():
-            if group and total + size > PIECE:
-                yield group
-                group, total = [], 0
-            group.append((file, size))
-            total += size
-        yield group
-
-    def records(self, file: str) -> Iterator[Record]:
-        """The documents of one of the files, one after another, in bounded memory."""
-        if not self.place:
-            yield from BUILT_IN[self.name]()
-            return
-        try:
-            if file.startswith("hub:"):
-                rows = hub_rows(file.removeprefix("hub:"), FOLDER.get(self.name))
-                yield from (Record(file, line, row) for line, row in rows)
-                return
+def read(source: str, file: str) -> Iterator[Record]:
+    """The documents of one of a source's files, one after another, in bounded memory."""
+    try:
+        if file.startswith("python:"):
+            yield from {"general": general, "code": code}[source]()
+        elif file.startswith("hub:"):
+            splits = optional("datasets").load_dataset(
+                file.removeprefix("hub:"), data_dir=FOLDER.get(source), streaming=True)
+            # Other splits are for other purposes; without a train split, all are languages, say.
+            chosen = ["train"] if "train" in splits else sorted(splits)
+            rows = itertools.chain.from_iterable(splits[split] for split in chosen)
+            yield from (Record(file, line, row) for line, row in enumerate(rows, 1))
+        else:
             with open(file, "rb") as raw:
-                before = 0
                 for line, row in file_rows(file, raw):
-                    yield Record(file, line, row, raw.tell() - before)
-                    before = raw.tell()
-        except Exception as error:  # each library has its own for a damaged file
-            raise ValueError(f"source {self.name}: cannot read {file}: {error}") from error
-
-
-def hub_rows(name: str, folder: str | None) -> Iterator[tuple[int, dict]]:
-    """Stream a data set of the Hub or of a local folder: its train split, or all if none is."""
-    splits = optional("datasets").load_dataset(name, data_dir=folder, streaming=True)
-    chosen = [splits["train"]] if "train" in splits else [splits[name] for name in sorted(splits)]
-    return enumerate(itertools.chain.from_iterable(chosen), 1)
+                    yield Record(file, line, row, read=raw.tell())
+    except Exception as error:      # each library has its own for a damaged file
+        raise ValueError(f"source {source}: cannot read {file}: {error}") from error
 
 
 def file_rows(name: str, raw: BinaryIO) -> Iterator[tuple[int, dict | bytes]]:
@@ -629,52 +598,42 @@ def file_rows(name: str, raw: BinaryIO) -> Iterator[tuple[int, dict | bytes]]:
 
 def text_of(record: Record, source: str, field: str | None) -> str:
     """The record's text, "" if its source leaves it out; ValueError says why there is none."""
-    row = json.loads(record.row) if isinstance(record.row, bytes) else record.row
     fields = [field] if field else ["text", "content"]
     try:
+        row = json.loads(record.row) if isinstance(record.row, bytes) else record.row
         if source in LEFT_OUT and LEFT_OUT[source](row):
             return ""
         text = next(row[name] for name in fields if name in row)
         text.encode()               # a lone surrogate is no text: UnicodeEncodeError
         return text
     except (TypeError, KeyError, AttributeError, StopIteration):
-        raise ValueError(f"no text in {' or '.join(fields)}") from None
+        reason = f"no text in {' or '.join(fields)}"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise ValueError(f"{record.file}, line {record.line}: {reason}")
 
 
 def texts(sources: Iterable[str], field: str | None = None) -> Iterator[str]:
     """All texts of the sources, for train_bpe."""
-    for source in map(Source.parse, sources):
-        for record in (record for file, _ in source.files() for record in source.records(file)):
-            try:
-                yield text_of(record, source.name, field)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{record.file}, line {record.line}: {error}") from None
+    for source, files in map(find, sources):
+        for file in files:
+            yield from (text_of(record, source, field) for record in read(source, file))
 
 
 # --------------------------------------------------------------------------------- prepare
 
 SPLITS, UNITS = ("train", "val"), ("documents", "tokens", "bytes")
 BATCH = 1 << 20                     # bytes of records that a worker gets at a time
-SHARD = 256                         # batches of a shard, which is what a killed run can lose
+PAUSE = 10                          # seconds between progress lines; a killed run loses as much
 
 
 class Batch(NamedTuple):
     """Work for one process."""
 
-    shard: str                      # SOURCE-PIECE-NUMBER, the stem of the shard's file names
     source: str
     records: list[Record]
-    position: int                   # bytes of all files read up to here
-
-
-class Encoded(NamedTuple):
-    """What became of a batch."""
-
-    shard: str
-    position: int
-    tokens: list[np.ndarray]        # of each split
-    counts: np.ndarray              # (splits, units); bytes are UTF-8, without END
-    bad: list[str]                  # a message for each record without text
+    end: list[int]                  # the next batch begins in this file, behind so many records
+    read: int                       # bytes of the source that are read by now
 
 
 def is_validation(key: str, fraction: float) -> bool:
@@ -682,63 +641,44 @@ def is_validation(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def cut(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Group records to about BATCH bytes; the last group is shorter, maybe empty."""
-    group, size = [], 0
-    for record in records:
-        group.append(record)
-        parts = [record.row] if isinstance(record.row, bytes) else record.row.values()
-        size += sum(len(part) for part in parts if isinstance(part, (str, bytes)))
-        if size >= BATCH:
-            yield group
-            group, size = [], 0
-    yield group
-
-
-def plan(sources: list[Source], out: Path) -> Iterator[Batch]:
-    """Cut the sources into batches, leaving out those of shards that are there already.
-
-    Files are grouped to pieces of work, and a piece is cut into shards of SHARD batches, the last
-    one shorter. All of it is a function of the input alone, so a run that was killed continues by
-    skipping what exists; a piece that ends in a short shard is not even read again.
-    """
-    position = 0
-    for source in sources:
-        for number, files in enumerate(source.pieces()):
-            stem, done, batches = f"{source.name}-{number:05d}", 0, SHARD
-            while batches == SHARD and (note := out / f"{stem}-{done:05d}.json").exists():
-                done, batches = done + 1, json.loads(note.read_bytes())["batches"]
-            if batches < SHARD:
-                position += sum(size for _, size in files)
+def batches(source: str, files: dict[str, int], begin: list[int]) -> Iterator[Batch]:
+    """Group a source's records, from where an earlier batch ended, to about BATCH bytes."""
+    records, size, before = [], 0, 0
+    for i, (file, length) in enumerate(files.items()):
+        for done, record in enumerate(read(source, file) if i >= begin[0] else (), 1):
+            if [i, done] <= begin:
                 continue
-            records = itertools.chain.from_iterable(source.records(file) for file, _ in files)
-            for i, group in enumerate(cut(records)):
-                position += sum(record.read for record in group)
-                if i >= done * SHARD:
-                    yield Batch(f"{stem}-{i // SHARD:05d}", source.name, group, position)
+            records.append(record)
+            parts = [record.row] if isinstance(record.row, bytes) else record.row.values()
+            size += sum(len(part) for part in parts if isinstance(part, (str, bytes)))
+            if size >= BATCH:
+                yield Batch(source, records, [i, done], before + record.read)
+                records, size = [], 0
+        before += length
+    yield Batch(source, records, [len(files), 0], before)
 
 
 cached_tokenizer = functools.lru_cache(load_tokenizer)      # a worker reads the file once
 
 
-def encode_batch(folder: Path, field: str | None, val_fraction: float, batch: Batch) -> Encoded:
-    """Tokenize a batch; this is what the worker processes do."""
-    tokenizer = cached_tokenizer(folder)
-    ids: list[list[int]] = [[] for _ in SPLITS]
-    counts, bad = np.zeros((len(SPLITS), len(UNITS)), np.int64), []
+def encode_batch(folder: Path, field: str | None, val_fraction: float, batch: Batch) -> tuple:
+    """What the worker processes do: for each split the batch's tokens, as they are stored, and its
+    counts (in UNITS; bytes are UTF-8, without END); and a message for each record without text."""
+    tokenizer, bad = cached_tokenizer(folder), []
+    ids, counts = ([], []), ([0, 0, 0], [0, 0, 0])
     for record in batch.records:
         try:
             text = text_of(record, batch.source, field)
-        except (ValueError, RecursionError) as error:
-            bad.append(f"{record.file}, line {record.line}: {error}")
+        except ValueError as error:
+            bad.append(str(error))
             continue
         if text:
             split = is_validation(record.key or text, val_fraction)
-            tokens = tokenizer.encode(text)
-            ids[split] += tokens + [tokenizer.eos_id]
-            counts[int(split)] += 1, len(tokens) + 1, len(text.encode())
-    arrays = [np.array(split, tokenizer.dtype) for split in ids]
-    return Encoded(batch.shard, batch.position, arrays, counts, bad)
+            tokens = [*tokenizer.encode(text), tokenizer.eos_id]
+            ids[split].extend(tokens)
+            for unit, n in enumerate((1, len(tokens), len(text.encode()))):
+                counts[split][unit] += n
+    return [np.array(split, tokenizer.dtype).tobytes() for split in ids], counts, bad
 
 
 def start_worker() -> None:
@@ -749,51 +689,62 @@ def start_worker() -> None:
 
 
 def in_order(pool: ProcessPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Map in parallel, results in order, with at most `ahead` items in memory."""
+    """Each item with its result, made in parallel, with at most `ahead` of them in memory."""
     pending: deque = deque()
     for item in items:
-        pending.append(pool.submit(work, item))
+        pending.append((item, pool.submit(work, item)))
         if len(pending) == ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+            item, result = pending.popleft()
+            yield item, result.result()
+    yield from ((item, result.result()) for item, result in pending)
 
 
-def watch(results: Iterable[Encoded], total: int, bad: int, max_bad: int) -> Iterator[Encoded]:
-    """Pass results on; report and count bad records, and keep a line of progress on stderr."""
-    end, pause = ("\r", 0.5) if sys.stderr.isatty() else ("\n", 10)
-    start = shown = time.monotonic()
-    first, sums = None, np.zeros(len(UNITS))
-    for result in results:
-        for message in result.bad:
-            bad += 1
-            if bad > max_bad:
-                raise ValueError(f"{message}; that makes more than {max_bad} bad records")
-            print(f"skipped {message}", file=sys.stderr)
-        yield result
-        first, sums = first or result.position, sums + result.counts.sum(0)
-        if time.monotonic() - shown > pause:
-            shown = time.monotonic()
-            _, tokens, size = sums / (shown - start)
-            left = (total - result.position) * (shown - start) / max(result.position - first, 1)
-            print(f"{result.shard}: {sums[2] / 1e6:.0f} MB, {size / 1e6:.1f} MB/s, "
-                  f"{tokens / 1e3:.0f}k tokens/s, "
-                  f"{f'{left / 60:.1f} min' if total else '?'} left   ", end=end, file=sys.stderr)
-
-
-def write_shard(out: Path, shard: str, results: Iterable[Encoded], fingerprint: str) -> None:
-    """Write SHARD.train.bin and SHARD.val.bin, then SHARD.json, which makes them count."""
-    batches = bad = 0
-    counts = np.zeros((len(SPLITS), len(UNITS)), np.int64)
-    with atomic(out / f"{shard}.train.bin") as train, atomic(out / f"{shard}.val.bin") as val:
-        for result in results:
-            train.write(result.tokens[0].tobytes())
-            val.write(result.tokens[1].tobytes())
-            batches, bad, counts = batches + 1, bad + len(result.bad), counts + result.counts
-    note = {"shard": shard, "fingerprint": fingerprint, "batches": batches, "bad": bad}
-    note |= {split: dict(zip(UNITS, row)) for split, row in zip(SPLITS, counts.tolist())}
-    with atomic(out / f"{shard}.json") as file:
-        file.write(json.dumps(note).encode())
+def tokenize(found: dict[str, dict[str, int]], state: dict, out: Path, work: Callable,
+             max_bad: int) -> None:
+    """Append to each SOURCE.SPLIT.bin what `state` says is missing, and keep the state on disk."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    total, before, first = sum(sum(files.values()) for files in found.values()), 0, None
+    start, shown, done = time.monotonic(), time.monotonic(), Counter()      # done: by this run
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool, room_for(out), \
+            ExitStack() as stack:
+        for source, entry in state["sources"].items():
+            bins = {split: stack.enter_context(open(out / f"{source}.{split}.bin", "ab"))
+                    for split in SPLITS}
+            for split, file in bins.items():                # cut what came after the last note
+                size = entry[split]["tokens"] * np.dtype(state["dtype"]).itemsize
+                if file.tell() < size:
+                    raise ValueError(f"{file.name} has lost tokens that progress.json counts: "
+                                     f"delete {out} and prepare it again")
+                file.truncate(size)
+            todo = batches(source, found[source], entry["end"])
+            for batch, (parts, counts, bad) in in_order(pool, work, todo, ahead=3 * workers):
+                for message in bad:
+                    entry["bad"] += 1
+                    if sum(other["bad"] for other in state["sources"].values()) > max_bad:
+                        raise ValueError(f"{message}; that makes more than {max_bad} bad records")
+                    print(f"skipped {message}", file=sys.stderr)
+                for split, part, count in zip(SPLITS, parts, counts):
+                    bins[split].write(part)
+                    for unit, n in zip(UNITS, count):
+                        entry[split][unit] += n
+                        done[unit] += n
+                entry["end"], position, now = batch.end, before + batch.read, time.monotonic()
+                first = position if first is None else first
+                due = now - shown >= PAUSE
+                if not due and batch.end[0] < len(found[source]):
+                    continue
+                for file in bins.values():                  # the tokens, then the note of them
+                    file.flush()
+                    os.fsync(file.fileno())
+                with atomic(out / "progress.json") as file:
+                    file.write(json.dumps(state, indent=1).encode())
+                if due:
+                    took, shown = now - start, now
+                    left = (total - position) * took / max(position - first, 1) / 60
+                    print(f"{source}: {done['bytes'] / took / 1e6:.1f} MB/s, "
+                          f"{done['tokens'] / took / 1e3:.0f}k tokens/s, "
+                          f"{f'{left:.1f} min' if total else '?'} left", file=sys.stderr)
+            before += sum(found[source].values())
 
 
 def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
@@ -804,80 +755,51 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
     is held out. field: where a row has its text, if not in "text" or "content". max_bad: how many
     records without text are skipped, each with a message, before one is an error.
 
-    The folder gets the tokenizer's files, the shards and, last, manifest.json.
+    The folder gets the tokenizer's files, SOURCE.SPLIT.bin and, last, manifest.json. Until then,
+    progress.json says how much of each .bin is valid and which record comes next; what lies behind
+    that is cut off, so the bytes are the same wherever a run was killed.
     """
-    out, parsed = Path(out).expanduser(), [Source.parse(source) for source in sources]
-    if not parsed or len({source.name for source in parsed}) < len(parsed):
+    out, found = Path(out).expanduser(), dict(named := [find(source) for source in sources])
+    if not found or len(found) < len(named):
         raise ValueError("expected one or more sources, each with a name of its own")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"the validation share must be at least 0 and below 1, not {val_fraction}")
-    files = [(source.name, [(Path(file).name, size) for file, size in source.files()])
-             for source in parsed]
-    # What the shards depend on. A folder that was made of anything else is not touched.
-    facts = [tokenizer.sha256, val_fraction, field, BATCH, SHARD, PIECE, files]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def notes() -> list[dict]:
-        found = [json.loads(path.read_bytes()) for path in sorted(out.glob("*-*-*.json"))]
-        if any(note["fingerprint"] != fingerprint for note in found):
-            raise ValueError(f"{out} was prepared from other sources or with other options: delete "
-                             "it or choose another folder")
-        return found
-
-    bad = sum(note["bad"] for note in notes())
-    if (out / "manifest.json").exists():
-        return
-    tokenizer.save(out)
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    work = functools.partial(encode_batch, out, field, val_fraction)
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
-        results = in_order(pool, work, plan(parsed, out), ahead=3 * workers)
-        total = sum(size for _, sizes in files for _, size in sizes)
-        results = watch(results, total, bad, max_bad)
-        for shard, group in itertools.groupby(results, lambda result: result.shard):
-            write_shard(out, shard, group, fingerprint)
-
-    manifest: dict[str, Any] = {"tokenizer": tokenizer.sha256, "n_vocab": tokenizer.n_vocab,
-                                "dtype": tokenizer.dtype, "sources": {}}
-    for source in parsed:
-        shards = [note for note in notes() if note["shard"].rsplit("-", 2)[0] == source.name]
-        entry = manifest["sources"][source.name] = {"place": source.place,
-                                                    "bad": sum(note["bad"] for note in shards)}
-        for split in SPLITS:
-            entry[split] = {unit: sum(note[split][unit] for note in shards) for unit in UNITS}
-            entry[split]["shards"] = [[note["shard"], note[split]["tokens"]] for note in shards]
-        if not entry["train"]["tokens"]:
-            raise ValueError(f"source {source.name} has no text to train on")
-    with atomic(out / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1).encode())
+    # What the tokens depend on. A folder that was made of anything else is not touched.
+    sizes = [(source, [(Path(file).name, size) for file, size in files.items()])
+             for source, files in named]
+    facts = json.dumps([tokenizer.sha256, val_fraction, field, sizes])
+    state = {"fingerprint": hashlib.sha256(facts.encode()).hexdigest(),
+             "tokenizer": tokenizer.sha256, "dtype": tokenizer.dtype,
+             "sources": {source: {"end": [0, 0], "bad": 0, **{
+                 split: dict.fromkeys(UNITS, 0) for split in SPLITS}} for source in found}}
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "wb") as lock:
+        if fcntl:                   # a second run waits for the first, and finds its work done
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for note in (out / "manifest.json", out / "progress.json"):
+            if note.exists():
+                old = json.loads(note.read_bytes())
+                if old.get("fingerprint") != state["fingerprint"]:
+                    raise ValueError(f"{out} was prepared from other sources or with other "
+                                     "options: delete it or choose another folder")
+                if note.name == "manifest.json":
+                    return
+                state = old
+        for left in out.glob("*.tmp"):                      # by a run that was killed
+            left.unlink()
+        tokenizer.save(out)
+        work = functools.partial(encode_batch, out, field, val_fraction)
+        tokenize(found, state, out, work, max_bad)
+        if empty := [s for s, entry in state["sources"].items() if not entry["train"]["tokens"]]:
+            raise ValueError(f"source {empty[0]} has no text to train on")
+        os.replace(out / "progress.json", out / "manifest.json")
 
 
 # ------------------------------------------------------------------------ corpus and loader
 
 
-class Stream:
-    """The tokens of memory-mapped shards as one array: len(stream), stream[start:stop]."""
-
-    def __init__(self, shards: list[np.ndarray]):
-        self.shards = shards
-        self.ends = np.cumsum([len(shard) for shard in shards])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, span: slice) -> np.ndarray:
-        start, stop, _ = span.indices(len(self))
-        first = int(np.searchsorted(self.ends, start, side="right"))
-        last = int(np.searchsorted(self.ends, stop, side="left"))
-        parts = []
-        for shard, end in zip(self.shards[first:last + 1], self.ends[first:last + 1]):
-            begin = end - len(shard)
-            parts.append(shard[max(start - begin, 0):max(stop - begin, 0)])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts or [self.shards[0][:0]])
-
-
 class Corpus:
-    """One split of a prepared folder: a stream of tokens for each source.
+    """One split of a prepared folder: a memory-mapped array of tokens for each source.
 
     sources: the names to take, by default all. mix: {name: weight} instead, see Loader.
     """
@@ -898,71 +820,70 @@ class Corpus:
         if unknown := [name for name in self.sources if name not in manifest["sources"]]:
             raise ValueError(f"{folder} has no source {', '.join(unknown)}, but "
                              f"{', '.join(manifest['sources'])}")
-        self._streams = {}
+        self._tokens = {}
         for name in self.sources:
-            shards = []
-            for shard, tokens in manifest["sources"][name][split]["shards"]:
-                path, dtype = folder / f"{shard}.{split}.bin", np.dtype(manifest["dtype"])
-                if not path.exists() or path.stat().st_size != tokens * dtype.itemsize:
-                    raise ValueError(f"{path} is missing or does not hold the {tokens} tokens that "
-                                     "the manifest says: delete the folder and prepare it again")
-                if tokens:              # an empty file cannot be mapped
-                    shards.append(np.memmap(path, dtype, mode="r"))
-            self._streams[name] = Stream(shards or [np.empty(0, manifest["dtype"])])
+            path, dtype = folder / f"{name}.{split}.bin", np.dtype(manifest["dtype"])
+            n = manifest["sources"][name][split]["tokens"]
+            if not path.exists() or path.stat().st_size != n * dtype.itemsize:
+                raise ValueError(f"{path} is missing or does not hold the {n} tokens that the "
+                                 "manifest says: delete the folder and prepare it again")
+            # An empty file cannot be mapped.
+            self._tokens[name] = np.memmap(path, dtype, mode="r") if n else np.empty(0, dtype)
 
-    def tokens(self, source: str) -> Stream:
-        return self._streams[source]
+    def tokens(self, source: str) -> np.ndarray:
+        return self._tokens[source]
 
 
-def scramble(x: np.ndarray) -> np.ndarray:
+def scramble(x: int) -> int:
     """A hash of 64-bit integers (the end of splitmix64): each bit depends on all of them."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x %= 1 << 64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % (1 << 64)
+    return x ^ x >> 31
 
 
-def permute(index: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndarray:
-    """Where random permutations of range(n), one for each seed and epoch, send `index`.
+def permute(index: int, n: int, seed: int, epoch: int) -> int:
+    """Where the random permutation of range(n) for this seed and epoch sends `index`.
 
     A Feistel network halves the bits and, round by round, XORs a hash of one half onto the other:
     a step that can be undone, whatever the hash, so the whole is a permutation, of range(4**h).
     What lands at n or above is sent on until it lands below (its cycle began there, so it ends).
-    Computed for the rows asked for, it needs no table of what may be billions of blocks.
+    Computed when asked for, it needs no table of what may be billions of blocks.
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    key = scramble(scramble(np.full(1, seed, np.uint64)) + epoch.astype(np.uint64))
-    x, todo = index.astype(np.uint64), np.ones(len(index), bool)
-    while todo.any():
-        left, right = x[todo] >> half, x[todo] & mask
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    key = scramble(scramble(seed) + epoch)
+    while True:
+        left, right = divmod(index, 1 << half)
         for round_ in range(6):
-            noise = scramble(scramble(key[todo] + np.uint64(round_)) + right)
-            left, right = right, left ^ (noise & mask)
-        x[todo] = left << half | right
-        todo &= x >= n
-    return x.astype(np.int64)
+            noise = scramble(scramble(key + round_) + right) % (1 << half)
+            left, right = right, left ^ noise
+        index = left << half | right
+        if index < n:
+            return index
 
 
-def timetable(weights: list[float]) -> np.ndarray:
-    """Whose turn it is, (period,): over any number of turns, in any number of periods, each source
-    has had its weight's share to within less than one turn.
+def timetable(weights: list[float]) -> list[tuple[int, int]]:
+    """For each turn of a period, whose it is, and how many that source has had: [(source, had)].
 
-    As fractions, the weights are turns[s] / period. Turn number n + 1 of a source comes at time
-    n * period / turns[s] at the earliest and, at the latest, one such interval later. Serving the
-    earliest deadline first keeps all deadlines, as the weights add up to one (Liu and Layland).
+    Over any number of turns, in any number of periods, each source has had its weight's share to
+    within less than one turn. As fractions, the weights are turns[s] / period. Turn number n + 1 of
+    a source comes at time n * period / turns[s] at the earliest and, at the latest, one such
+    interval later. Serving the earliest deadline first keeps all deadlines, as the weights add up
+    to one (Liu and Layland).
     """
     fractions = [Fraction(str(weight)) for weight in weights]
     if not fractions or min(fractions) <= 0:
         raise ValueError(f"mixing weights must be positive, got {weights}")
-    fractions = [fraction / sum(fractions) for fraction in fractions]
-    period = math.lcm(*(fraction.denominator for fraction in fractions))
-    if period > 1_000_000:
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    turns = [int(fraction * scale) for fraction in fractions]
+    period = sum(turns)
+    if period > 100_000:
         raise ValueError(f"mixing weights {weights} have too many digits: use two or three")
-    turns = [int(fraction * period) for fraction in fractions]
-    had, table = [0] * len(turns), np.empty(period, np.int64)
+    had, table = [0] * len(turns), []
     for now in range(period):
         ready = [s for s, n in enumerate(had) if n * period // turns[s] <= now]
-        table[now] = turn = min(ready, key=lambda s: -(-(had[s] + 1) * period // turns[s]))
+        turn = min(ready, key=lambda s: -(-(had[s] + 1) * period // turns[s]))
+        table.append((turn, had[turn]))
         had[turn] += 1
     return table
 
@@ -981,50 +902,85 @@ class Loader:
     def __init__(self, corpus: Corpus, block: int, batch: int, seed: int):
         self.block, self.rows, self.seed = block, batch, seed
         self.streams = [corpus.tokens(name) for name in corpus.sources]
-        blocks = np.array([len(stream) // (block + 1) for stream in self.streams])
-        self.first = np.cumsum([0, *blocks])                # block number that a stream begins with
-        for name, n in zip(corpus.sources, blocks) if corpus.mix else [("data", self.first[-1])]:
+        blocks = [len(stream) // (block + 1) for stream in self.streams]
+        self.first = [0, *itertools.accumulate(blocks)]     # block number that a stream begins with
+        self.blocks_per_epoch = self.first[-1]
+        # Sequences: the number of the first block, and how many there are.
+        self.sequences, names = [(0, self.blocks_per_epoch)], ["data"]
+        if corpus.mix:
+            self.sequences, names = list(zip(self.first, blocks)), corpus.sources
+        for name, (_, n) in zip(names, self.sequences):
             if n == 0:
                 raise ValueError(f"{corpus.folder} has too little {name} in its {corpus.split} "
                                  f"split for one block of {block + 1} tokens: add text, or choose "
                                  "a shorter block")
-        # Sequences: where their blocks begin, how many there are, whose turn it is, and how many
-        # turns each has had before a given time of the period.
-        self.start = self.first[:-1] if corpus.mix else self.first[:1]
-        self.size = blocks if corpus.mix else self.first[-1:]
-        self.turn = timetable(list(corpus.mix.values())) if corpus.mix else np.zeros(1, np.int64)
-        one_hot = self.turn[:, None] == np.arange(len(self.size))
-        self.had = np.cumsum(np.vstack([0 * one_hot[:1], one_hot]), axis=0)
-
-    @property
-    def blocks_per_epoch(self) -> int:
-        return int(self.first[-1])
+        self.table = timetable(list(corpus.mix.values()) if corpus.mix else [1])
+        self.turns = Counter(sequence for sequence, _ in self.table)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """The rows of `rank` in a step, int64, (B / world, T + 1)."""
         if self.rows % world:
             raise ValueError(f"a batch of {self.rows} rows cannot be split between {world} ranks")
         share = self.rows // world
-        period, now = np.divmod(step * self.rows + rank * share + np.arange(share), len(self.turn))
-        whose = self.turn[now]
-        epoch, index = np.divmod(period * self.had[-1, whose] + self.had[now, whose],
-                                 self.size[whose])
         result = np.empty((share, self.block + 1), np.int64)
-        for sequence in np.unique(whose):
-            rows = np.flatnonzero(whose == sequence)
-            blocks = permute(index[rows], int(self.size[sequence]), self.seed, epoch[rows])
-            for row, block in zip(rows, blocks + self.start[sequence]):
-                stream = np.searchsorted(self.first, block, side="right") - 1
-                start = int(block - self.first[stream]) * (self.block + 1)
-                result[row] = self.streams[stream][start:start + self.block + 1]
+        for i in range(share):
+            period, now = divmod(step * self.rows + rank * share + i, len(self.table))
+            sequence, had = self.table[now]
+            first, n = self.sequences[sequence]
+            epoch, index = divmod(period * self.turns[sequence] + had, n)
+            block = first + permute(index, n, self.seed, epoch)
+            stream = bisect_right(self.first, block) - 1
+            start = (block - self.first[stream]) * (self.block + 1)
+            result[i] = self.streams[stream][start:start + self.block + 1]
         return result
+
+
+# --------------------------------------------------------------------------------- benchmarks
+
+# evaluate.py's tasks on the Hub: data set, configuration, the split that is scored, and the one
+# that examples are drawn from.
+BENCHMARKS = {
+    "sciq": ("allenai/sciq", None, "test", "train"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", "train"),
+    "piqa": ("baber/piqa", None, "validation", "train"),
+    "wsc": ("aps/super_glue", "wsc.fixed", "validation", "train"),
+    "mmlu": ("cais/mmlu", "all", "test", "dev"),
+    "lambada_openai": ("EleutherAI/lambada_openai", "default", "test"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", "train"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", "train"),
+    "logiqa": ("EleutherAI/logiqa", "logiqa", "test", "train"),
+    "hellaswag": ("Rowan/hellaswag", None, "validation", "train"),
+    "humaneval": ("openai/openai_humaneval", None, "test"),
+}
+
+
+def fetch(task: str, out: str | Path) -> None:
+    """Download a task's rows, or those of "all", into OUT/TASK/SPLIT.jsonl, as evaluate.py reads
+    them; HumanEval's go where its authors have them, HumanEval.jsonl.gz."""
+    if task not in [*BENCHMARKS, "all"]:
+        raise ValueError(f"unknown task {task!r}: expected all or one of {', '.join(BENCHMARKS)}")
+    for name in BENCHMARKS if task == "all" else [task]:
+        path, config, *splits = BENCHMARKS[name]
+        place: dict = {"name": config}
+        if name == "logiqa":        # a program, which datasets no longer runs: the Hub's conversion
+            place = {"data_dir": config, "revision": "refs/convert/parquet"}
+        for split in splits:
+            file = "HumanEval.jsonl.gz" if name == "humaneval" else f"{split}.jsonl"
+            try:                    # streamed: no split is downloaded that is not asked for
+                rows = optional("datasets").load_dataset(path, split=split, streaming=True, **place)
+                content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            except Exception as error:                      # each layer below has its own
+                reason = " ".join(str(error).split())       # in one line
+                raise ValueError(f"cannot fetch {name} from {path}: {reason}") from error
+            with atomic(Path(out).expanduser() / name / file) as target:
+                target.write(gzip.compress(content) if file.endswith(".gz") else content)
 
 
 # --------------------------------------------------------------------------------- command line
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train a tokenizer; prepare data sets.")
+    parser = argparse.ArgumentParser(description="Train a tokenizer; prepare data sets; fetch tasks.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train-tokenizer", help="learn a byte-level BPE vocabulary")
     train.add_argument("--vocab-size", type=int, default=4096)
@@ -1035,16 +991,21 @@ def main(argv: list[str] | None = None) -> None:
     for command in (train, tokenize):
         command.add_argument("--source", action="append", required=True, metavar="NAME[=PATH]",
                              help=f"NAME=file or folder ({', '.join(PLAIN + ROWS)}), or "
-                                  f"NAME=hub:DATASET, or {', '.join([*BUILT_IN, *READY])}")
+                                  f"NAME=hub:DATASET, or {', '.join(READY)}")
         command.add_argument("--field", help="where a row has its text, if not in text or content")
+    rows = commands.add_parser("fetch", help="download the rows of evaluate.py's tasks")
+    rows.add_argument("task", help=f"all, or one of {', '.join(BENCHMARKS)}")
+    for command in (train, tokenize, rows):
         command.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)
     try:
         if args.command == "train-tokenizer":
             train_bpe(texts(args.source, args.field), args.vocab_size).save(args.out)
-        else:
+        elif args.command == "prepare":
             prepare(args.source, load_tokenizer(args.tokenizer), args.out, args.val_fraction,
                     args.field, args.max_bad)
+        else:
+            fetch(args.task, args.out)
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: error: {error}\n")
     except KeyboardInterrupt:

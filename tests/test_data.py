@@ -14,13 +14,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import data
+import evaluate
 
 ROOT = Path(data.__file__).parent
 
@@ -59,11 +62,10 @@ def documents(folder: Path, split: str, source: str = "a") -> list[str]:
 
 
 @pytest.fixture
-def small_shards(monkeypatch):
-    """Shards of two batches of 1000 bytes, pieces of 20 kB: many borders in little text."""
+def small_batches(monkeypatch):
+    """Batches of 1000 bytes, and a note after each of them: many borders in little text."""
     monkeypatch.setattr(data, "BATCH", 1000)
-    monkeypatch.setattr(data, "SHARD", 2)
-    monkeypatch.setattr(data, "PIECE", 20_000)
+    monkeypatch.setattr(data, "PAUSE", 0)
 
 
 # ------------------------------------------------------------------------------- documents
@@ -213,9 +215,10 @@ def test_starcoder_python_is_the_python_folder(hub, bpe, tmp_path):
 
 
 def test_ready_made_sources_name_amds_data_sets():
-    assert data.Source.parse("slimpajama").place == "hub:cerebras/SlimPajama-627B"
-    assert data.Source.parse("gutenberg").place == "hub:manu/project_gutenberg"
-    assert data.Source.parse("starcoder-python").place == "hub:bigcode/starcoderdata"
+    assert data.find("slimpajama") == ("slimpajama", {"hub:cerebras/SlimPajama-627B": 0})
+    assert data.find("gutenberg") == ("gutenberg", {"hub:manu/project_gutenberg": 0})
+    name, files = data.find("starcoder-python")
+    assert list(files) == ["hub:bigcode/starcoderdata"] and data.FOLDER[name] == "python"
 
 
 def test_a_missing_extra_is_one_sentence(bpe, tmp_path, monkeypatch):
@@ -228,7 +231,7 @@ def test_a_missing_extra_is_one_sentence(bpe, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------- prepare
 
 
-def test_a_folder_holds_what_its_manifest_says(bpe, tmp_path, small_shards):
+def test_a_folder_holds_what_its_manifest_says(bpe, tmp_path, small_batches):
     write_jsonl(tmp_path / "in.jsonl", range(200))
     data.prepare([f"a={tmp_path / 'in.jsonl'}", "b=" + str(tmp_path / "in.jsonl")], bpe,
                  tmp_path / "out", val_fraction=0.1)
@@ -240,8 +243,7 @@ def test_a_folder_holds_what_its_manifest_says(bpe, tmp_path, small_shards):
         assert entry["bytes"] == sum(len(text.encode()) for text in texts)
         assert entry["tokens"] == len(data.Corpus(tmp_path / "out", split).tokens("a"))
         assert all(data.is_validation(text, 0.1) == (split == "val") for text in texts)
-        assert len(entry["shards"]) > 3, "the test does not cross shards"
-        assert manifest["sources"]["b"][split] | {"shards": 0} == entry | {"shards": 0}
+        assert manifest["sources"]["b"][split] == entry
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == \
         sorted(map(story, range(200)))
 
@@ -253,24 +255,13 @@ def test_large_vocabularies_are_stored_in_32_bits(bpe, tmp_path):
     assert documents(tmp_path / "out", "train") == [story(i) for i in range(5)]
 
 
-def test_a_stream_of_shards_is_one_array(tmp_path):
-    rng = np.random.default_rng(0)
-    shards = [rng.integers(0, 9, n) for n in (3, 1, 7, 2)]
-    whole, stream = np.concatenate(shards), data.Stream(shards)
-    assert len(stream) == 13
-    for start, stop in itertools.combinations_with_replacement(range(15), 2):
-        assert stream[start:stop].tolist() == whole[start:stop].tolist(), f"[{start}:{stop}]"
-    assert stream[-4:].tolist() == whole[-4:].tolist() and stream[9:2].tolist() == []
-
-
-def test_a_killed_preparation_continues_to_the_same_bytes(bpe, tmp_path, small_shards):
+def test_a_killed_preparation_continues_to_the_same_bytes(bpe, tmp_path, small_batches):
     for i in range(3):
         write_jsonl(tmp_path / "in" / f"{i}.jsonl", range(100 * i, 100 * i + 60 + i))
     sources = [f"a={tmp_path / 'in'}", f"b={tmp_path / 'in' / '0.jsonl'}"]
     data.prepare(sources, bpe, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
-    assert len(expected) > 30
-    for written in range(1, len(expected), 4):  # stop at any file that is written
+    for written in itertools.count(1, 3):       # stop at any file that takes its name
         out, count = tmp_path / f"killed{written}", itertools.count(1)
 
         def replace(old, new, real=os.replace):
@@ -280,18 +271,26 @@ def test_a_killed_preparation_continues_to_the_same_bytes(bpe, tmp_path, small_s
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", replace)
-            with pytest.raises(KeyboardInterrupt):
+            try:
                 data.prepare(sources, bpe, out)
-        assert not (out / "manifest.json").exists(), "an unfinished folder has a manifest"
+                break                           # there are no more files
+            except KeyboardInterrupt:
+                assert not (out / "manifest.json").exists(), "an unfinished folder has a manifest"
         data.prepare(sources, bpe, out)
         assert contents(out) == expected, f"stopped at file {written}, the folder differs"
+    assert written > 25, "the test has no borders to stop at"
 
 
-def test_kill_9_leaves_no_process_and_loses_no_shard(bpe, tmp_path):
+def test_kill_9_leaves_no_process_and_loses_nothing_noted(bpe, tmp_path):
     write_jsonl(tmp_path / "in.jsonl", range(3000), words=300)
     bpe.save(tmp_path / "bpe")
-    script = ("import data, sys; data.BATCH = 20_000; data.SHARD = 2; "
-              "data.main(sys.argv[1:])")
+    script = "import data, sys; data.BATCH = 20_000; data.PAUSE = 0; data.main(sys.argv[1:])"
+    progress = tmp_path / "killed" / "progress.json"
+
+    def noted() -> int:
+        if not progress.exists():
+            return 0
+        return json.loads(progress.read_bytes())["sources"]["a"]["train"]["documents"]
 
     def command(out: str) -> list[str]:
         return [sys.executable, "-c", script, "prepare", "--source", f"a={tmp_path / 'in.jsonl'}",
@@ -299,15 +298,17 @@ def test_kill_9_leaves_no_process_and_loses_no_shard(bpe, tmp_path):
 
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command("whole"), env=env, check=True)
-    for shards in (0, 2, 9):
+    for wanted in (0, 200, 1200):
+        before = noted()
         process = subprocess.Popen(command("killed"), env=env)
-        while len(list((tmp_path / "killed").glob("a-*.json"))) < shards and process.poll() is None:
+        while noted() < wanted and process.poll() is None:
             time.sleep(0.002)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         workers = children.read_text().split() if children.exists() else []
-        assert workers or not shards, "found no worker process to watch"
+        assert workers or not wanted, "found no worker process to watch"
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert noted() >= before, "what was finished before is done again"
         deadline = time.monotonic() + 20
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
             assert time.monotonic() < deadline, "worker processes outlive their killed parent"
@@ -316,20 +317,40 @@ def test_kill_9_leaves_no_process_and_loses_no_shard(bpe, tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole"), "the folders differ"
 
 
-def test_finished_shards_are_not_made_again(bpe, tmp_path, small_shards, monkeypatch):
-    path = write_jsonl(tmp_path / "in.jsonl", range(200))
-    data.prepare([f"a={path}"], bpe, tmp_path / "out")
-    (tmp_path / "out" / "manifest.json").unlink()
-    last = sorted((tmp_path / "out").glob("a-*.json"))[-1]
-    last.unlink()
-    written = []
-    real = data.write_shard
-    monkeypatch.setattr(data, "write_shard", lambda out, shard, *rest: (
-        written.append(shard), real(out, shard, *rest)))
-    data.prepare([f"a={path}"], bpe, tmp_path / "out")
-    assert written == [last.stem]
-    data.prepare([f"a={path}"], bpe, tmp_path / "out")
-    assert written == [last.stem], "a finished folder was prepared again"
+def test_what_is_finished_is_not_read_again(bpe, tmp_path, small_batches, monkeypatch):
+    for i in range(3):
+        write_jsonl(tmp_path / "in" / f"{i}.jsonl", range(20 * i, 20 * i + 20))
+    (tmp_path / "in" / "2.jsonl").write_text(BAD[0])
+    source = f"a={tmp_path / 'in'}"
+    with pytest.raises(ValueError, match="bad records"):
+        data.prepare([source], bpe, tmp_path / "out", max_bad=0)
+    write_jsonl(tmp_path / "in" / "2.jsonl", [0])       # mended; it has to keep its size
+    monkeypatch.setattr(os.path, "getsize", lambda path, real=os.path.getsize: (
+        len(BAD[0]) if path.endswith("2.jsonl") else real(path)))
+    opened, real = [], data.read
+    monkeypatch.setattr(data, "read", lambda source, file: (
+        opened.append(Path(file).name), real(source, file))[1])
+    data.prepare([source], bpe, tmp_path / "out")
+    assert opened and opened[0] != "0.jsonl" and opened[-1] == "2.jsonl", f"read {opened}"
+    data.prepare([source], bpe, tmp_path / "out")
+    assert len(opened) <= 2, "a finished folder was prepared again"
+
+
+def test_tokens_that_went_missing_are_not_made_up(bpe, tmp_path, small_batches):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": story(i)}) + "\n" for i in range(60)) + BAD[0])
+    for message in ("bad records", "has lost tokens"):
+        with pytest.raises(ValueError, match=message):
+            data.prepare([f"a={path}"], bpe, tmp_path / "out", max_bad=0)
+        (tmp_path / "out" / "a.train.bin").unlink()         # cutting it to a length would add zeros
+
+
+def test_two_preparations_of_one_folder_take_turns(bpe, tmp_path, small_batches):
+    path = write_jsonl(tmp_path / "in.jsonl", range(300))
+    data.prepare([f"a={path}"], bpe, tmp_path / "alone")
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: data.prepare([f"a={path}"], bpe, tmp_path / "out"), range(3)))
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone"), "they wrote into each other"
 
 
 def test_another_preparation_is_not_written_over(bpe, tmp_path):
@@ -370,7 +391,7 @@ def test_a_text_that_is_not_utf8_is_a_bad_record(bpe, tmp_path, capfd):
     assert f"{tmp_path / 'b.txt'}, line 1: " in capfd.readouterr().err
 
 
-def test_bad_rows_of_earlier_runs_count(bpe, tmp_path, small_shards):
+def test_bad_rows_of_earlier_runs_count(bpe, tmp_path, small_batches):
     path = tmp_path / "in.jsonl"
     good = [json.dumps({"text": story(i)}) for i in range(60)]
     path.write_text("\n".join([BAD[0], *good, BAD[0], *good, BAD[0]]))
@@ -391,7 +412,7 @@ def test_a_damaged_file_is_named(bpe, tmp_path, name, content):
         data.prepare([f"a={tmp_path / name}"], bpe, tmp_path / "out")
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_shards(bpe, tmp_path, small_shards):
+def test_a_full_disk_is_one_sentence_and_keeps_what_was_finished(bpe, tmp_path, small_batches):
     path = write_jsonl(tmp_path / "in.jsonl", range(300))
     data.prepare([f"a={path}"], bpe, tmp_path / "whole")
     real, written = os.fsync, itertools.count()
@@ -406,11 +427,13 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_shards(bpe, tmp_path, small_s
         with pytest.raises(OSError, match="no room to write .*free some space and run the same"):
             data.prepare([f"a={path}"], bpe, tmp_path / "out")
     kept = contents(tmp_path / "out")
-    assert any(name.endswith(".json") and name.startswith("a-") for name in kept)
+    done = json.loads(kept["progress.json"])["sources"]["a"]["train"]["tokens"]
+    assert done, "nothing was kept"
     assert not any(name.endswith(".tmp") for name in kept), "a temporary file fills the disk"
     data.prepare([f"a={path}"], bpe, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert kept.items() <= contents(tmp_path / "out").items(), "finished shards were changed"
+    whole = (tmp_path / "out" / "a.train.bin").read_bytes()
+    assert whole[:2 * done] == kept["a.train.bin"][:2 * done], "finished tokens were changed"
 
 
 def test_a_real_limit_on_file_size_is_one_sentence(bpe, tmp_path):
@@ -430,15 +453,12 @@ def test_a_real_limit_on_file_size_is_one_sentence(bpe, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(bpe, tmp_path_factory) -> Path:
-    """Two sources of different sizes; small shards, so that blocks cross their borders."""
+    """Two sources of different sizes."""
     path = tmp_path_factory.mktemp("corpus")
     write_jsonl(path / "large.jsonl", range(150))
     write_jsonl(path / "small.jsonl", range(150, 190))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "BATCH", 2000)
-        patch.setattr(data, "SHARD", 2)
-        data.prepare([f"large={path / 'large.jsonl'}", f"small={path / 'small.jsonl'}"], bpe,
-                     path / "out", val_fraction=0.1)
+    data.prepare([f"large={path / 'large.jsonl'}", f"small={path / 'small.jsonl'}"], bpe,
+                 path / "out", val_fraction=0.1)
     return path / "out"
 
 
@@ -485,7 +505,7 @@ def test_batches_are_a_pure_function_of_the_step(folder):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
 def test_the_order_of_an_epoch_is_a_permutation(n):
     index = np.arange(n)
-    orders = [data.permute(index, n, seed, np.full(n, epoch))
+    orders = [np.array([data.permute(i, n, seed, epoch) for i in range(n)])
               for seed in (0, 1, 2**63) for epoch in (0, 1, 10**6)]
     for order in orders:
         assert np.array_equal(np.sort(order), index), f"not a permutation of range({n})"
@@ -497,7 +517,7 @@ def test_orders_look_random():
     n = 4000
     x = np.arange(n)
     for epoch in range(5):
-        y = data.permute(x, n, 0, np.full(n, epoch))
+        y = np.array([data.permute(i, n, 0, epoch) for i in range(n)])
         assert abs(np.corrcoef(x, y)[0, 1]) < 0.08, "the order follows the data"
         assert abs(np.corrcoef(y[1:], y[:-1])[0, 1]) < 0.08, "neighbours stay neighbours"
         assert (y[1:] - y[:-1] == 1).sum() < 12
@@ -507,10 +527,10 @@ def test_orders_look_random():
     [0.98, 0.02], [1, 1], [0.5, 0.3, 0.2], [7, 1, 1, 1], [0.9, 0.05, 0.03, 0.02], [1], [3, 3, 1, 2],
     [0.333, 0.333, 0.334], [0.1] * 10, [618, 382]])
 def test_every_prefix_of_a_mixture_is_within_one_block_of_its_weights(weights):
-    table = data.timetable(weights)
+    table = [source for source, _ in data.timetable(weights)]
     shares = [Fraction(str(w)) / sum(Fraction(str(w)) for w in weights) for w in weights]
     had = [0] * len(weights)
-    for n, turn in enumerate(itertools.islice(itertools.cycle(table.tolist()), 3 * len(table)), 1):
+    for n, turn in enumerate(itertools.islice(itertools.cycle(table), 3 * len(table)), 1):
         had[turn] += 1
         assert all(abs(h - n * share) < 1 for h, share in zip(had, shares)), (
             f"after {n} turns, {had} is more than one block off")
@@ -566,15 +586,55 @@ def test_a_manifest_of_another_tokenizer_is_refused(folder, tmp_path):
         data.Corpus(copy)
 
 
-def test_a_cut_or_missing_shard_is_refused(folder, tmp_path):
+def test_a_cut_or_missing_file_of_tokens_is_refused(folder, tmp_path):
     copy = copied(folder, tmp_path / "copy")
-    shard = next(copy.glob("large-*.train.bin"))
-    shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=f"{shard.name} is missing or does not hold"):
+    tokens = copy / "large.train.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=f"{tokens.name} is missing or does not hold"):
         data.Corpus(copy)
-    shard.unlink()
-    with pytest.raises(ValueError, match=f"{shard.name} is missing or does not hold"):
+    tokens.unlink()
+    with pytest.raises(ValueError, match=f"{tokens.name} is missing or does not hold"):
         data.Corpus(copy)
+
+
+# ------------------------------------------------------------------------------ benchmarks
+
+
+def test_fetched_rows_are_where_evaluate_looks_for_them(tmp_path, monkeypatch):
+    """The Hub is a function here: what it is asked for, and what becomes of the rows."""
+    asked = []
+
+    def load_dataset(path, name=None, *, split, streaming, **place):
+        asked.append((path, name or place.get("data_dir"), split))
+        return iter([{"path": path, "split": split, "text": "a\u2028b\n\u00e9"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data.main(["fetch", "all", "--out", str(tmp_path)])
+    for name, task in evaluate.TASKS.items():
+        rows = [row for _, row in evaluate.read_rows(tmp_path / name, task.split)]
+        path, _, scored, *examples = data.BENCHMARKS[name]
+        assert rows == [{"path": path, "split": scored, "text": "a\u2028b\n\u00e9"}], name
+        assert (scored == "test") == task.split.startswith("test"), f"{name}: the wrong split"
+        for split in examples:
+            assert list(evaluate.read_rows(tmp_path / name, split)), f"{name}: no examples"
+    assert [problem["split"] for problem in evaluate.read_problems(tmp_path)] == ["test"]
+    assert set(data.BENCHMARKS) == {*evaluate.TASKS, "humaneval"}
+    assert ("cais/mmlu", "all", "dev") in asked and ("EleutherAI/logiqa", "logiqa", "test") in asked
+
+
+def test_a_failed_fetch_is_one_sentence_and_leaves_no_file(tmp_path, monkeypatch, capfd):
+    def load_dataset(*arguments, **options):
+        yield {"question": "?"}
+        raise ConnectionError("the line\nis cut")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for task, message in [("sciq", "cannot fetch sciq from allenai/sciq: the line is cut"),
+                          ("chess", "unknown task 'chess': expected all or one of sciq")]:
+        with pytest.raises(SystemExit) as stop:
+            data.main(["fetch", task, "--out", str(tmp_path / "eval")])
+        error = capfd.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and message in error, error
+    assert not list(tmp_path.rglob("*.*")), "a file that is not whole was left"
 
 
 # --------------------------------------------------------------------------- command line
