@@ -163,10 +163,10 @@ class Tokenizer:
         others = (b for b in range(256) if b not in printable)
         alphabet = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
         names = {"".join(alphabet[b] for b in token): rank for token, rank in self.ranks.items()}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
-                      "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
                  "invert": False}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+                      "use_regex": False}
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
         return {"tokenizer.tiktoken": b"".join(lines)} | hugging_face_files(
             names | {END: self.eos_id}, names, {END: True},
@@ -224,9 +224,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     counts: Counter = Counter()                             # pair -> how often
     where = defaultdict(set)                                # pair -> words that hold (or held) it
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            counts[pair] += times[i]
+    change: Counter = Counter()                             # what is still to be added to counts
+
+    def count(i: int, sign: int) -> None:
+        for pair in zip(words[i], words[i][1:]):
+            change[pair] += sign * times[i]
             where[pair].add(i)
 
     # A heap pops its least entry. So counts are negated, and a byte string becomes characters that
@@ -237,34 +239,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         left, right = (tokens[t].translate(flip).decode("latin-1") + "\u0100" for t in pair)
         return -counts[pair], left, right, pair
 
-    heap = [entry(pair) for pair in counts]
-    heapq.heapify(heap)
+    heap: list[tuple] = []
+    for i in range(len(words)):
+        count(i, 1)
     while len(tokens) < vocab_size - 1:
+        for pair, difference in change.items():
+            if difference:
+                counts[pair] += difference
+                heapq.heappush(heap, entry(pair))
+        change.clear()
         if not heap:
             raise ValueError(f"the text yields a vocabulary of {len(tokens) + 1} entries, not the "
                              f"{vocab_size} asked for: add text or ask for fewer")
-        count, _, _, pair = heapq.heappop(heap)
-        if count == 0 or count != -counts[pair]:
+        times_seen, _, _, pair = heapq.heappop(heap)
+        if times_seen == 0 or times_seen != -counts[pair]:
             continue                                        # a later count is in the heap too
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        change: Counter = Counter()
         for i in where.pop(pair):
-            old, word, j = words[i], [], 0
+            count(i, -1)
+            old, words[i], j = words[i], [], 0
             while j < len(old):
                 joins = (old[j], *old[j + 1:j + 2]) == pair
-                word.append(new if joins else old[j])
+                words[i].append(new if joins else old[j])
                 j += 2 if joins else 1
-            words[i] = word
-            for gone in zip(old, old[1:]):
-                change[gone] -= times[i]
-            for come in zip(word, word[1:]):
-                change[come] += times[i]
-                where[come].add(i)
-        for other, difference in change.items():
-            if difference:
-                counts[other] += difference
-                heapq.heappush(heap, entry(other))
+            count(i, 1)
     return Tokenizer(tokens)
 
 
@@ -434,12 +433,10 @@ def read_tokenizer_json(content: bytes) -> SentencePiece:
 
 def read_tiktoken(content: bytes) -> Tokenizer:
     """Read a .tiktoken file: lines of a token in base64 and its rank."""
-    tokens = []
-    for number, line in enumerate(content.splitlines()):
-        token, rank = line.split()
-        tokens.append(base64.b64decode(token, validate=True))
-        if int(rank) != number:
-            raise ValueError(f"rank {int(rank)} is on line {number + 1}")
+    lines = [line.split() for line in content.splitlines()]
+    tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
+    if [int(rank) for _, rank in lines] != list(range(len(lines))):
+        raise ValueError("its ranks are not 0, 1, 2, ...")
     if tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens):
         raise ValueError("it does not list the 256 bytes first and every token once")
     return Tokenizer(tokens)
@@ -649,8 +646,7 @@ def batches(source: str, files: dict[str, int], begin: list[int]) -> Iterator[Ba
             if [i, done] <= begin:
                 continue
             records.append(record)
-            parts = [record.row] if isinstance(record.row, bytes) else record.row.values()
-            size += sum(len(part) for part in parts if isinstance(part, (str, bytes)))
+            size += len(record.row if isinstance(record.row, bytes) else str(record.row))
             if size >= BATCH:
                 yield Batch(source, records, [i, done], before + record.read)
                 records, size = [], 0
@@ -665,7 +661,7 @@ def encode_batch(folder: Path, field: str | None, val_fraction: float, batch: Ba
     """What the worker processes do: for each split the batch's tokens, as they are stored, and its
     counts (in UNITS; bytes are UTF-8, without END); and a message for each record without text."""
     tokenizer, bad = cached_tokenizer(folder), []
-    ids, counts = ([], []), ([0, 0, 0], [0, 0, 0])
+    ids, counts = ([], []), np.zeros((2, 3), int)
     for record in batch.records:
         try:
             text = text_of(record, batch.source, field)
@@ -676,9 +672,8 @@ def encode_batch(folder: Path, field: str | None, val_fraction: float, batch: Ba
             split = is_validation(record.key or text, val_fraction)
             tokens = [*tokenizer.encode(text), tokenizer.eos_id]
             ids[split].extend(tokens)
-            for unit, n in enumerate((1, len(tokens), len(text.encode()))):
-                counts[split][unit] += n
-    return [np.array(split, tokenizer.dtype).tobytes() for split in ids], counts, bad
+            counts[int(split)] += 1, len(tokens), len(text.encode())
+    return [np.array(split, tokenizer.dtype).tobytes() for split in ids], counts.tolist(), bad
 
 
 def start_worker() -> None:
@@ -865,11 +860,10 @@ def permute(index: int, n: int, seed: int, epoch: int) -> int:
 def timetable(weights: list[float]) -> list[tuple[int, int]]:
     """For each turn of a period, whose it is, and how many that source has had: [(source, had)].
 
-    Over any number of turns, in any number of periods, each source has had its weight's share to
-    within less than one turn. As fractions, the weights are turns[s] / period. Turn number n + 1 of
-    a source comes at time n * period / turns[s] at the earliest and, at the latest, one such
-    interval later. Serving the earliest deadline first keeps all deadlines, as the weights add up
-    to one (Liu and Layland).
+    Over any number of turns, in any number of periods, each source has had its weight's share,
+    turns[s] / period, to within less than one turn. Its turn number n + 1 comes at n * period /
+    turns[s] at the earliest and, at the latest, one such interval later. Serving the earliest
+    deadline first keeps all deadlines, as the shares add up to one (Liu and Layland).
     """
     fractions = [Fraction(str(weight)) for weight in weights]
     if not fractions or min(fractions) <= 0:
@@ -980,7 +974,7 @@ def fetch(task: str, out: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train a tokenizer; prepare data sets; fetch tasks.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train-tokenizer", help="learn a byte-level BPE vocabulary")
     train.add_argument("--vocab-size", type=int, default=4096)
