@@ -345,6 +345,9 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each under a temporary name first."""
+        if self.model.layers[0].self_attn.fused is not None:
+            raise ValueError("this model was prepared for decoding and no longer has its matrices "
+                             "apart: save it before, or load it anew")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", dict(self.named_parameters()))
@@ -417,7 +420,7 @@ def read_config(path: Path) -> ModelConfig:
 # ---------------------------------------------------------------------- checkpoints: the tensors
 
 # safetensors: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, raw
-# little-endian data. https://huggingface.co/docs/safetensors
+# little-endian data (the safetensors format's documentation).
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
           "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,

@@ -151,7 +151,6 @@ def expected_tokens(alpha: float, gamma: int) -> float:
     return sum(alpha**i for i in range(gamma + 1))
 
 
-
 # --------------------------------------------------------------------------------- the draft length
 
 MAX_AUTO_GAMMA = 12

@@ -260,4 +260,6 @@ def test_packing_changes_no_logits():
         # float32: the same products summed in another order, over up to 2048 terms of order 1.
         assert error <= tolerance, f"packing moved {dtype} logits by {error:.1e}"
         count = sum(isinstance(module, PackedLinear) for module in packed.modules())
+        with pytest.raises(ValueError, match="prepared for decoding"):
+            packed.save_pretrained("nowhere")
         assert count == (9 if dtype == torch.float32 else 0), f"{count} matrices packed"

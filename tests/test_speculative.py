@@ -1,14 +1,17 @@
 """Speculative decoding proved: the rule, the round, the loop around it, the corners."""
 import itertools
+import json
 from dataclasses import replace
 
+import data
 import numpy as np
 import oracle
 import pytest
 import torch
 
 from model import ModelConfig, Transformer
-from speculative import Decoder, Stats, complete, expected_tokens, generate, sample, verify, warp
+from speculative import (Decoder, Stats, complete, expected_tokens, generate, main, sample, verify,
+                         warp)
 
 SMALL = ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -312,3 +315,59 @@ def test_graphs_give_the_tokens_of_the_eager_path_from_the_same_uniforms():
 @pytest.mark.slow
 def test_compiled_steps_give_the_tokens_of_the_eager_path_on_a_cpu():
     fast_and_eager("cpu")
+
+
+# ------------------------------------------------------------------------------ the command line
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A pair with its tokenizer, a draft of another vocabulary, a model too small for its own."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    text = ["def f(x):\n    return x + 1\n" * 9]
+    for name, words, entries in (("target", text, 270), ("draft", text, 270),
+                                 ("stranger", ["zebra quagga okapi " * 9], 270),
+                                 ("small", text, 260)):
+        tokenizer = data.train_bpe(words, 270)
+        Transformer(replace(SMALL, vocab_size=entries)).save_pretrained(root / name)
+        tokenizer.save(root / name)
+    return root
+
+
+def run_main(folders, capsys, *flags) -> tuple[int, str, str]:
+    try:
+        main(["--target", str(folders / "target"), "--draft", str(folders / "draft"),
+              "--device", "cpu", *map(str, flags)])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_the_command_streams_a_prompt_and_writes_its_figures(folders, capsys, tmp_path):
+    path = tmp_path / "figures.json"
+    code, out, err = run_main(folders, capsys, "--prompt", "def f", "--max-new-tokens", 12,
+                              "--json", path)
+    figures = json.loads(path.read_text())
+    assert code == 0 and "plain decoding" in out and "speculative decoding" in out, err
+    assert figures["greedy_match"] is True and figures["gamma"] == 4
+    for name in ("plain_tokens_per_s", "speculative_tokens_per_s", "speedup", "alpha",
+                 "accepted_per_drafted", "tokens_per_round", "predicted_speedup"):
+        assert isinstance(figures[name], float), f"{name} is missing"
+    assert abs(figures["speedup"] * figures["plain_tokens_per_s"]
+               - figures["speculative_tokens_per_s"]) < 1e-6
+    assert run_main(folders, capsys, "--prompt", "def f", "--max-new-tokens", 12, "--gamma",
+                    "auto", "--verbose", "--temperature", 0.7)[0] == 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--target", "nowhere"), "nowhere"), (("--draft", "stranger"), "another vocabulary"),
+    (("--target", "small"), "270 entries"), (("--device", "quantum"), "quantum"),
+    (("--gamma", "0"), "gamma"), (("--gamma", "many"), "expected a number or auto"),
+    (("--prompt", "x" * 99), "shorten the prompt"), (("--max-new-tokens", "0"), "max_new_tokens"),
+    (("--top-p", "2"), "top_p"), (("--bogus",), "--bogus"), (("--seed", "one"), "--seed"),
+    (("--prompt-file", "nowhere"), "nowhere")])
+def test_a_mistake_is_one_sentence_and_exit_code_2(folders, capsys, flags, words):
+    flags = [str(folders / f) if (folders / f).is_dir() and not f.startswith("-") else f
+             for f in flags]
+    code, out, err = run_main(folders, capsys, "--prompt", "def f", *flags)
+    assert code == 2 and words in err and err.count("\n") == 1, f"{code}: {err}"
