@@ -220,7 +220,7 @@ class Decoder:
             raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected "
                              "temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1")
         if draft is not None and gamma != "auto" and gamma < 1:
-            raise ValueError(f"gamma is {gamma}: expected at least 1 drafted token a round, or auto")
+            raise ValueError(f"gamma is {gamma}: expected 1 drafted token a round or more, or auto")
         self.target, self.draft = target, draft
         self.auto = DraftLength() if draft is not None and gamma == "auto" else None
         self.gamma = 0 if draft is None else MAX_AUTO_GAMMA if gamma == "auto" else gamma
@@ -461,7 +461,8 @@ def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tupl
         if fast.graphs is not None:
             if G not in fast.graphs:                            # gamma "auto" never chose it
                 fast.record(G)
-            steps = [g.replay for decoder, n in ((plain, 0), (fast, G)) for g in decoder.graphs[n][0]]
+            graphs = plain.graphs[0][0] + fast.graphs[G][0]
+            steps = [graph.replay for graph in graphs]
         else:
             drafts = fast.propose(G)
             steps = [plain.plain_step, lambda: fast.propose(G), lambda: fast.decide(*drafts)]
