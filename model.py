@@ -286,8 +286,8 @@ class Transformer(nn.Module):
         positions = torch.arange(tokens.shape[1], device=x.device)[None]    # (1, T)
         slots = mask = None
         if cache is not None:
-            # A draft that is re-fed its last two tokens starts a one-token prompt at -1: the
-            # clamp writes that token's key twice into slot 0.
+            # A draft reads its last two tokens, a one-token prompt has none before the last: it
+            # starts at -1, and the clamp writes the same key twice into slot 0.
             positions = (cache.position[:, None] + positions).clamp(min=0)  # (B, T)
             slots = torch.arange(len(tokens), device=x.device)[:, None], positions
             reach = torch.arange(cache.keys[0].shape[1], device=x.device)   # (S,)

@@ -8,7 +8,8 @@ A round, for rows that hold L tokens each:
     propose   the draft continues the last two tokens by d_1 .. d_G, each drawn from its own q_i
     decide    the target reads the last token and the G drafts, which gives p_1 .. p_{G+1};
               verify() accepts n drafts and draws one token more
-    advance   positions move to L + n + 1: rolling back the rest costs nothing (model.Cache)
+    advance   the row now holds L + n + 1 tokens, the target's cache all of them but the last, the
+              draft's all but two: rolling back is setting a position (model.Cache)
 
 Symbols are those of Leviathan et al. 2023, "Fast Inference from Transformers via Speculative
 Decoding": p the target's distribution, q the draft's, G the draft length (gamma), alpha the
@@ -39,8 +40,8 @@ from model import Cache, Transformer, prepare_for_decoding, resolve_device, writ
 def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """The distribution that is sampled: logits (..., V) -> probabilities, at least float32.
 
-    Temperature 0 is all mass on the (first) best token, so greedy decoding is no special case of
-    anything below. top_k 0 and top_p 1 are off; applied in this order, as transformers does.
+    Temperature 0 puts all mass on the best token (the first of equals), so that greedy decoding
+    needs no code of its own below. top_k 0 and top_p 1 are off; the order is transformers'.
     Every distribution of draft and target is made here: the rule needs the q that was sampled.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -129,7 +130,7 @@ class Stats:
 
     @property
     def alpha(self) -> float:
-        """Leviathan's: accepted over tested. E[sum min(p, q)] (Theorem 3.5) is its expectation."""
+        """Leviathan's: accepted over tested. E[sum min(p, q)] (Corollary 3.6) is its expectation."""
         return self.accepted / max(self.tested, 1)
 
     @property
@@ -160,8 +161,8 @@ class DraftLength:
     """gamma "auto": the draft length that what was measured so far predicts as fastest.
 
     Seconds a round follow a line in G, fitted to all rounds; alpha is a running mean of the overlap
-    sum min(p, q). The choice rests on past rounds alone and a round's drafts are all verified, so
-    no token is dropped for what it is and the output keeps the target's distribution.
+    sum min(p, q). A length is chosen from earlier rounds alone and all its drafts are verified, so
+    the choice cannot depend on the tokens it concerns: the output keeps the target's distribution.
     """
 
     def __init__(self):
@@ -196,6 +197,8 @@ class Round:
 def compile_for_decoding(model: Transformer) -> None:
     """Fuse each block's element-wise work, and turn products with one row into reductions that run
     at memory speed. Block by block: all share one compilation, a whole model would take minutes."""
+    if "enter" in vars(model):
+        return                                      # done for another decoder of this model
     torch._dynamo.config.recompile_limit = 64       # a few shapes for each of two models
     how = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}
     for module in (*model.model.layers, model.model.norm, model.lm_head):
@@ -282,7 +285,7 @@ class Decoder:
 
     def decide(self, drafted: Tensor, q: Tensor) -> Tensor:
         """Verify and advance. Returns the one tensor that the host reads, (B, 2G + 2) float64:
-        the G drafts, the token after them, n, and the overlap sum min(p, q) of each draft."""
+        the G drafts, the target's own token, n, and the overlap sum min(p, q) of each draft."""
         G = drafted.shape[1]
         logits = self.target(torch.cat((self.tail[:, 1:], drafted), 1), self.caches[0])
         p = self.warp(logits)                                                   # (B, G+1, V)
@@ -366,7 +369,8 @@ class Decoder:
         """Yield a Round at a time until every row has its tokens, met EOS or filled the context.
 
         EOS is emitted. A row also ends where stop(its new tokens) is true. Row b draws from a
-        random stream of its own, seeded by seed + b: it is what it would have been alone.
+        random stream of its own, seeded by seed + b: it is what it would have been alone (but not
+        with gamma "auto": there the clock has a say in the draft lengths).
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
@@ -443,18 +447,6 @@ def complete(target: Transformer, prompts: list[list[int]], max_new_tokens: int,
 
 def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tuple[float, ...]:
     """Seconds of a plain step, of drafting a token, and of verifying G + 1: medians of 30."""
-    def seconds(decoder: Decoder, step: Callable) -> float:
-        times = []
-        for _ in range(30):
-            for cache in decoder.caches:
-                cache.position.fill_(len(prompt))
-            synchronize(decoder.target.device)
-            began = time.perf_counter()
-            step()
-            synchronize(decoder.target.device)
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
-
     with torch.inference_mode():
         plain.start([prompt])
         fast.start([prompt])
@@ -466,8 +458,17 @@ def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tupl
         else:
             drafts = fast.propose(G)
             steps = [plain.plain_step, lambda: fast.propose(G), lambda: fast.decide(*drafts)]
-        one, propose, decide = (seconds(decoder, step)
-                                for decoder, step in zip((plain, fast, fast), steps))
+        times = [[], [], []]
+        for _ in range(30):             # in turns: a drift of the machine's speed meets all three
+            for took, decoder, step in zip(times, (plain, fast, fast), steps):
+                for cache in decoder.caches:
+                    cache.position.fill_(len(prompt))
+                synchronize(decoder.target.device)
+                began = time.perf_counter()
+                step()
+                synchronize(decoder.target.device)
+                took.append(time.perf_counter() - began)
+    one, propose, decide = map(statistics.median, times)
     return one, propose / G, decide
 
 
@@ -517,7 +518,7 @@ def compare(target: Transformer, draft: Transformer, prompts: list[list[int]], m
 # ------------------------------------------------------------------------------------ command line
 
 def load(folder: str, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
-    model = Transformer.from_pretrained(folder, device, dtype).requires_grad_(False)
+    model = Transformer.from_pretrained(folder, device, dtype)
     tokenizer = load_tokenizer(folder)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.n_vocab} entries, the model "

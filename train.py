@@ -3,17 +3,18 @@
 Where it stands: data.py has made a folder of tokens; this script turns it into a checkpoint folder
 that evaluate.py scores and speculative.py decodes with. A *recipe* is a list of stages, a *stage*
 is one run of the loop with one `TrainConfig`. Without a flag, `python train.py` trains the demo's
-pair on the Python that runs it, each model first on general text, then on code, as AMD-135M was.
+pair on the Python that runs it, first on general text, then on code, as AMD-135M was.
 
 One step: the loader names the rows of the global batch, each process takes its share in
 micro-batches and adds up gradients, one all-reduce sums them over the processes, the sum is clipped
-and AdamW applies it. The host reads nothing from the device until the next log: a GPU never waits.
+and AdamW applies it. The host reads nothing from the device until the next log: between logs a
+GPU never waits.
 
 Letters: B rows of a micro-batch, T tokens of a row, C width, V vocabulary, L layers.
 
-    python train.py                                             # the demo, about 4 minutes on a CPU
-    python train.py amd-135m --data out/slim --compile          # AMD-135M's recipe, on one GPU
-    torchrun --nproc-per-node 8 train.py amd-135m --data out/slim --compile
+    python train.py                                             # the demo, 3 to 4 minutes on a CPU
+    python train.py amd-135m --data out/pretrain --compile      # AMD-135M's recipe, on one GPU
+    torchrun --nproc-per-node 8 train.py amd-135m --data out/pretrain --compile
 
 References: Loshchilov & Hutter 2019 (AdamW); 2017 (cosine); Pascanu et al. 2013 (clipping); Gong et
 al. 2019 (progressive stacking); Chowdhery et al. 2022, appendix B (MFU); AMD-135M's published code.
@@ -136,7 +137,6 @@ AMD_CODE = TrainConfig(         # 320 rows, as AMD asked for (its own division m
 DEMO = TrainConfig(
     data="{out}/data-demo", preset="demo-draft", block=128, batch_tokens=2048, micro_batch=16,
     warmup=20, lr=3e-3, min_lr=3e-4, log_every=25, val_every=100, val_tokens=2**14, save_every=100)
-# A low rate keeps the grown target near its draft: it gains less, and agrees with it more often.
 GROWN = replace(DEMO, preset="demo-target", lr=5e-4, min_lr=5e-5)
 
 RECIPES = {
@@ -299,7 +299,8 @@ def save(config: TrainConfig, step: int, model: Transformer, optimizer: torch.op
             switch(folder / path.name, f"current/{path.name}")
         switch(current, slot.name)
     except (OSError, RuntimeError, ValueError) as error:    # torch.save makes some a RuntimeError
-        shutil.rmtree(slot, ignore_errors=True)
+        if not (current.is_symlink() and os.readlink(current) == slot.name):
+            shutil.rmtree(slot, ignore_errors=True)         # else it is the checkpoint already
         kept = (f"the checkpoint of step {read_state(folder)['step']} is kept"
                 if current.exists() else "there is none before it")
         raise ValueError(f"could not save step {step} in {folder} ({error}): {kept}; free some "
