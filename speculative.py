@@ -130,7 +130,7 @@ class Stats:
 
     @property
     def alpha(self) -> float:
-        """Leviathan's: accepted over tested; its expectation is E[sum min(p, q)] (Corollary 3.6)."""
+        """Leviathan's: accepted over tested, which estimates E[sum min(p, q)] (Corollary 3.6)."""
         return self.accepted / max(self.tested, 1)
 
     @property
