@@ -44,7 +44,7 @@ def peer(model: Transformer):
         other = LlamaForCausalLM(config)
     other.load_state_dict(dict(model.state_dict()), assign=True)
     # Angles are no parameter: made on the meta device they hold nothing yet.
-    other.model.rotary_emb = type(other.model.rotary_emb)(config, device=model.device)
+    other.model.rotary_emb = type(other.model.rotary_emb)(config).to(model.device)
     other.generation_config.eos_token_id = None
     return other.eval()
 
