@@ -562,7 +562,8 @@ class PackedLinear(nn.Module):
     """A Linear for decoding on a CPU, its weight laid out anew by oneDNN for a few rows of x.
 
     PyTorch's own product streams the matrix once for one row and falls off that path for two to
-    eight, so that verifying six tokens cost three times one; packed, it costs 1.1 times.
+    eight, so that six rows cost about three times one; packed, they cost 1.0 to 1.2 times
+    (benchmarks/decoding.py prints it).
     """
 
     def __init__(self, linear: Linear, rows: int):
