@@ -338,8 +338,9 @@ def score(model: Transformer, questions: list[list[Request]],
     The requests of a question begin alike. Where they share more than they differ in, the model
     reads that once, and then, with its keys and values repeated, what differs: often nothing, as
     for MMLU's letters, which are foretold but not read. Batches are of like lengths."""
-    # Tokens read at once, with padding: what a core's cache holds, or what keeps a GPU busy.
-    budget = 512 if model.device.type == "cpu" else 65536
+    # Tokens read at once, with padding: what a core's cache holds, or what keeps a GPU busy. More
+    # would only be more padding.
+    budget = 512 if model.device.type == "cpu" else 8192
     groups = []         # (shared tokens, requests)
     for question in questions:
         inputs = [tokens[:-1] for tokens, _ in question]
@@ -355,10 +356,10 @@ def score(model: Transformer, questions: list[list[Request]],
     results: list = [None] * firsts[-1]
     advance = progress(title, firsts[-1])
     while order:
-        batch, rows, R = [], 0, 0
-        P = max(1, len(groups[order[-1]][0]))
+        batch, rows, P, R = [], 0, 1, 0
         while order:
-            rows, R = rows + len(groups[order[-1]][1]), max(R, rest[order[-1]])
+            shared, requests = groups[order[-1]]
+            rows, P, R = rows + len(requests), max(P, len(shared)), max(R, rest[order[-1]])
             if batch and P * (len(batch) + 1) + R * rows > budget:
                 break
             batch.append(order.pop())
@@ -571,31 +572,35 @@ def read_problems(data: str) -> list[dict]:
     return [json.loads(problem) for problem in gzip.decompress(path.read_bytes()).splitlines()]
 
 
-def write_programs(problems: list[dict], tokenizer: Tokenizer, args, stats: Stats,
-                   **decoding) -> list[str]:
-    """A completion for each problem."""
+def write_programs(problems: list[dict], tokenizer: Tokenizer, args, target: Transformer,
+                   drafts: list[Transformer | None], **sampling) -> list[tuple[list[str], Stats]]:
+    """A completion for each problem, and the counts, once with each of the drafts (None: without).
+    They take turns batch by batch, so that a drift of the machine's speed meets all of them."""
     # A longer prompt loses its beginning: a quarter of the context stays free for the answer.
-    room = decoding["target"].config.max_position_embeddings * 3 // 4
+    room = target.config.max_position_embeddings * 3 // 4
     prompts = [[start_of_text(tokenizer)] * args.bos + tokenizer.encode(problem["prompt"])[-room:]
                for problem in problems]
     length = max(map(len, prompts)) + args.max_new_tokens
-    completions, decoder, advance = [], None, progress("HumanEval", len(problems))
+    runs, decoders = [([], Stats()) for _ in drafts], []
+    advance = progress("HumanEval", len(problems))
     for first in range(0, len(prompts), args.batch):
         batch = prompts[first:first + args.batch]
-        if not decoder or len(batch) < args.batch:
-            decoder = Decoder(**decoding, batch=len(batch), length=length)
-        new = [[] for _ in batch]
-        for done in decoder.generate(
-                batch, args.max_new_tokens, tokenizer.eos_id, args.seed + first, stats,
-                # Only the end is new, and no stop string has more tokens than bytes.
-                stop=lambda row: cut_at_stop(text := tokenizer.decode(row[-40:])) != text):
-            for row, tokens in zip(new, done.tokens):
-                row += tokens
-        for prompt, row in zip(batch, new):     # decoded behind its prompt, since SentencePiece
-            text = tokenizer.decode(prompt + row)       # drops the space that a text begins with
-            completions.append(cut_at_stop(text[len(tokenizer.decode(prompt)):]))
+        if not decoders or len(batch) < args.batch:
+            decoders = [Decoder(target, draft, args.gamma, batch=len(batch), length=length,
+                                graphs=args.graphs, **sampling) for draft in drafts]
+        for decoder, (completions, stats) in zip(decoders, runs):
+            new = [[] for _ in batch]
+            for done in decoder.generate(
+                    batch, args.max_new_tokens, tokenizer.eos_id, args.seed + first, stats,
+                    # Only the end is new, and no stop string has more tokens than bytes.
+                    stop=lambda row: cut_at_stop(text := tokenizer.decode(row[-40:])) != text):
+                for row, tokens in zip(new, done.tokens):
+                    row += tokens
+            for prompt, row in zip(batch, new):     # decoded behind its prompt: SentencePiece
+                text = tokenizer.decode(prompt + row)   # drops the space that a text begins with
+                completions.append(cut_at_stop(text[len(tokenizer.decode(prompt)):]))
         advance(len(batch))
-    return completions
+    return runs
 
 
 def judge(problems: list[dict], completions: list[str]) -> list[int]:
@@ -628,22 +633,20 @@ def run_humaneval(args) -> None:
         n = args.samples if sampling else 1
         jobs = [problem for problem in problems for _ in range(n)]
         amd = AMD.get((mode, args.dtype), (None,) * 4)
-        versions, speeds = [], []
-        for helper in (None, draft) if draft else (None,):
-            name, stats = f"{mode} {'speculative' if helper else 'alone'}", Stats()
-            texts = write_programs(jobs, tokenizer, args, stats, target=target, draft=helper,
-                                   gamma=args.gamma, **sampling)
-            versions.append(texts)
-            speeds.append(stats.tokens_per_s)
+        runs = write_programs(jobs, tokenizer, args, target, [None, draft] if draft else [None],
+                              **sampling)
+        for (texts, stats), way in zip(runs, ("alone", "speculative")):
+            name = f"{mode} {way}"
             records = [{"task": name, "row": job["task_id"], "completion": text}
                        for job, text in zip(jobs, texts)]
             result = {"sha256": fingerprint([job["prompt"] for job in jobs]), "caged": caged,
-                      "samples": n, "tokens_per_s": speeds[-1]}
-            speed = [None, None, speeds[-1]]
-            if helper:
+                      "samples": n, "tokens_per_s": stats.tokens_per_s}
+            speed = [None, None, stats.tokens_per_s]
+            if way == "speculative":
                 result["accepted_per_drafted"] = stats.accepted_per_drafted
-                result["speedup"] = speeds[1] / speeds[0]
-                speed = [stats.accepted_per_drafted, amd[2], speeds[1], result["speedup"], amd[3]]
+                result["speedup"] = stats.tokens_per_s / runs[0][1].tokens_per_s
+                speed = [stats.accepted_per_drafted, amd[2], stats.tokens_per_s, result["speedup"],
+                         amd[3]]
             if args.allow_code_execution:
                 verdicts = judge(jobs, texts)
                 records = [record | {"acc": acc} for record, acc in zip(records, verdicts)]
@@ -652,13 +655,13 @@ def run_humaneval(args) -> None:
                     result[f"pass@{k}"], result[f"pass@{k}_stderr"] = mean_and_error(
                         [pass_at_k(n, c, k) for c in right])
                     line(name, k, result[f"pass@{k}"], result[f"pass@{k}_stderr"],
-                         amd[bool(helper)] if k == 1 else None, *speed)
+                         amd[way != "alone"] if k == 1 else None, *speed)
             else:
-                line(name, None, None, None, amd[bool(helper)], *speed)
+                line(name, None, None, None, amd[way != "alone"], *speed)
             report["tasks"][name], rows = result, rows + records
         if draft and not sampling:
             print(f"greedy completions equal with and without the draft: "
-                  f"{sum(map(str.__eq__, *versions))} of {len(jobs)}")
+                  f"{sum(map(str.__eq__, runs[0][0], runs[1][0]))} of {len(jobs)}")
     if not args.allow_code_execution:
         print("nothing was run: --allow-code-execution runs what the model wrote, for pass@k")
     write_run(args.json, report, rows)
@@ -815,6 +818,8 @@ def main(argv: list[str] | None = None) -> None:
     human.add_argument("--batch", type=positive, default=1, help="problems decoded together")
     human.add_argument("--max-new-tokens", type=positive, default=1024)
     human.add_argument("--gamma", type=positive, default=5, help="drafted tokens a round")
+    human.add_argument("--graphs", action="store_true", help="compiled, as CUDA graphs; starts up "
+                       "for minutes")
     human.add_argument("--seed", type=int, default=0)
     human.add_argument("--allow-code-execution", action="store_true",
                        help="run what the model wrote, caged as far as the kernel allows")

@@ -269,6 +269,22 @@ def test_batched_scores_equal_one_request_at_a_time(tiny, kv_heads):
             assert greedy == hit
 
 
+def test_no_batch_is_padded_beyond_the_budget(tiny, monkeypatch):
+    """Rows of 1 to 300 tokens: a batch as wide as its longest row must count that width."""
+    batches = []
+
+    def read(model, groups):
+        requests = [(shared, tokens) for shared, some in groups for tokens, _ in some]
+        widest = max(len(shared) for shared, _ in groups)
+        rest = max(len(tokens) - 1 - len(shared) for shared, tokens in requests)
+        batches.append((len(groups), widest * len(groups) + rest * len(requests)))
+        return iter([(0.0, True)] * len(requests))
+    monkeypatch.setattr(evaluate, "score_batch", read)
+    score(tiny(), random_questions(random.Random(1), 61, 300))
+    assert len(batches) > 1
+    assert all(tokens <= 512 or groups == 1 for groups, tokens in batches), batches
+
+
 def test_requests_that_differ_in_the_last_token_share_one_row(tiny, monkeypatch):
     model, read = tiny(), []
     hidden = model.hidden
@@ -462,9 +478,9 @@ def test_humaneval_measures_both_decoders_and_runs_nothing_unasked(
 
     monkeypatch.undo()
     write = evaluate.write_programs
-    monkeypatch.setattr(evaluate, "write_programs", lambda problems, *rest, **decoding: write(
-        problems, *rest, **decoding) and ["    return 1\n" if problem["task_id"] == "Test/1" else
-                                          "    return 2\n" for problem in problems])
+    monkeypatch.setattr(evaluate, "write_programs", lambda problems, *rest, **sampling: [
+        (["    return 1\n" if problem["task_id"] == "Test/1" else "    return 2\n"
+          for problem in problems], stats) for _, stats in write(problems, *rest, **sampling)])
     evaluate.main([*argv, "--allow-code-execution", "--samples", "10"])
     run = json.loads((tmp_path / "run.json").read_text())
     for name in ("greedy alone", "sampled speculative"):
