@@ -19,6 +19,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -93,7 +94,7 @@ PRESETS = {
         num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=256,
         bos_token_id=None, eos_token_id=4095),
     "demo-target": ModelConfig(
-        vocab_size=4096, hidden_size=192, intermediate_size=576, num_hidden_layers=8,
+        vocab_size=4096, hidden_size=192, intermediate_size=576, num_hidden_layers=12,
         num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=256,
         bos_token_id=None, eos_token_id=4095),
 }
@@ -130,10 +131,10 @@ class Linear(nn.Module):
 def rope(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of RoPE's angles position * theta^(-2i/D) (Su et al. 2021, eq. 15).
 
-    positions (B, T) -> two tensors (B, 1, T, D) of type dtype. Computed when needed: there is no
-    table that a long generation could run off. The arithmetic is float32, as checkpoints were
-    trained with, unless the model is float64. Channel i turns with channel i + D/2 (the "half"
-    layout of Hugging Face's checkpoints; the paper's pairs are 2i, 2i + 1).
+    positions (B, T) -> two tensors (B, 1, T, D) of type dtype. A cache keeps those of its places,
+    so there is no other table that a long generation could run off. The arithmetic is float32, as
+    checkpoints were trained with, unless the model is float64. Channel i turns with channel
+    i + D/2 (the "half" layout of Hugging Face's checkpoints; the paper's pairs are 2i, 2i + 1).
     """
     wide = torch.promote_types(dtype, torch.float32)
     even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=wide)
@@ -185,8 +186,13 @@ class Attention(nn.Module):
             keys[slots], values[slots] = k, v
             k, v = keys, values                                             # (B, S, K, D)
         k, v = k.transpose(1, 2), v.transpose(1, 2)                         # (B, K, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        if mask is None and T <= 1024 and x.device.type == "cpu" and q.dtype == torch.bfloat16:
+            # PyTorch's kernel for a CPU takes up to three times as long where the scores are few.
+            unseen = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
+            y = attention_formula(q, k, v, unseen)                          # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                               enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -221,7 +227,8 @@ class Block(nn.Module):
 # ------------------------------------------------------------------------------------ the model
 
 class Cache:
-    """Keys and values of every layer, allocated once, with a place for `length` tokens a row.
+    """Keys and values of every layer, allocated once, with a place for `length` tokens a row, and
+    the cosines and sines of those places.
 
     `position` (B,) says how many tokens of each row are held. Rows advance on their own, and
     rolling back is setting `position`: what lies at or beyond it is masked until it is
@@ -234,6 +241,9 @@ class Cache:
             [torch.zeros(shape, device=device, dtype=dtype)                 # (B, S, K, D)
              for _ in range(config.num_hidden_layers)] for _ in range(2))
         self.position = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.places = torch.arange(length, device=device)                   # (S,)
+        self.cos, self.sin = (table[0, 0] for table in rope(                # (S, D)
+            self.places[None], config, self.keys[0].dtype))
 
 
 class Transformer(nn.Module):
@@ -284,30 +294,37 @@ class Transformer(nn.Module):
             # A bf16 residual stream: half the traffic of every addition and norm in training.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         positions = torch.arange(tokens.shape[1], device=x.device)[None]    # (1, T)
-        slots = mask = None
-        if cache is not None:
-            # A draft reads its last two tokens, a one-token prompt has none before the last: it
-            # starts at -1, and the clamp writes the same key twice into slot 0.
-            positions = (cache.position[:, None] + positions).clamp(min=0)  # (B, T)
-            slots = torch.arange(len(tokens), device=x.device)[:, None], positions
-            reach = torch.arange(cache.keys[0].shape[1], device=x.device)   # (S,)
-            unseen = (reach > positions[..., None])[:, None]                # (B, 1, T, S)
-            mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
-        return x, *rope(positions, self.config, x.dtype), slots, mask
+        if cache is None:
+            return x, *rope(positions, self.config, x.dtype), None, None
+        # A draft reads its last two tokens, a one-token prompt has none before the last: it
+        # starts at -1, and the clamp writes the same key twice into slot 0.
+        positions = (cache.position[:, None] + positions).clamp(min=0)      # (B, T)
+        slots = torch.arange(len(tokens), device=x.device)[:, None], positions
+        seen = (cache.places <= positions[..., None])[:, None]              # (B, 1, T, S)
+        mask = x.new_zeros(()).where(seen, float("-inf"))
+        return x, cache.cos[positions][:, None], cache.sin[positions][:, None], slots, mask
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """The last block's normalised output, (B, T, C), for tokens (B, T)."""
-        x, cos, sin, slots, mask = self.enter(tokens, cache)
+    def blocks(self, x: Tensor, cos: Tensor, sin: Tensor, slots, mask, cache) -> Tensor:
         for i, layer in enumerate(self.model.layers):
             past = cache and (cache.keys[i], cache.values[i], slots, mask)
             x = layer(x, cos, sin, past)
+        return self.model.norm(x)                                           # (B, T, C)
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """The last block's normalised output, (B, T, C), for tokens (B, T)."""
+        x = self.blocks(*self.enter(tokens, cache), cache)
         if cache is not None:
             cache.position += tokens.shape[1]
-        return self.model.norm(x)
+        return x
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T). With a cache, tokens follow those it holds."""
         return self.lm_head(self.hidden(tokens, cache))
+
+    def uncompiled(self) -> AbstractContextManager:
+        """Within it compiled parts run eagerly: for shapes not worth a compilation of their own."""
+        compiled = "enter" in vars(self)
+        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None):
@@ -561,21 +578,15 @@ class FusedLinear(nn.Module):
 class PackedLinear(nn.Module):
     """A Linear for decoding on a CPU, its weight laid out anew by oneDNN for a few rows of x.
 
-    PyTorch's own product streams the matrix once for one row and falls off that path for two to
-    eight, so that six rows cost about three times one; packed, they cost 1.0 to 1.2 times
-    (benchmarks/decoding.py prints it).
+    PyTorch's own product of six rows takes about three times that of one; packed, it takes 1.0 to
+    1.2 times (benchmarks/decoding.py prints it), and one row is faster too.
     """
 
     def __init__(self, linear: Linear, rows: int):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        # A float32 matrix that fits the caches is quickest unpacked for one row: keep both.
-        small = linear.weight.numel() < 2**19 and linear.weight.dtype == torch.float32
-        self.weight = linear.weight if small else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not None and x.shape[:-1].numel() == 1:
-            return F.linear(x, self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 

@@ -30,8 +30,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,8 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -163,12 +162,14 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(done, 1))) / 2
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Of flattened logits (N, V): on a transposed (B, V, T) it is sixty times slower."""
-    return F.cross_entropy(logits.float(), targets, reduction=reduction)
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+    """Cross-entropy of the logits that `head` makes of hidden (N, C), against targets (N,).
+    Flattened: on transposed logits (B, V, T) it is sixty times slower."""
+    return F.cross_entropy(head(hidden).float(), targets, reduction=reduction)
 
 
-def loss_of(model: Transformer, rows: Tensor, chunk: int = 0) -> Tensor:
+def loss_of(model: Transformer, rows: Tensor, chunk: int = 0,
+            head_loss: Callable = head_loss) -> Tensor:
     """Mean cross-entropy of rows (B, T + 1): each token is predicted from those before it.
 
     The logits are the largest tensor of a step (V = 32000 floats a token, C = 768). With `chunk`
@@ -176,28 +177,21 @@ def loss_of(model: Transformer, rows: Tensor, chunk: int = 0) -> Tensor:
     """
     hidden, targets = model.hidden(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()   # (B T, C)
     if not chunk:
-        return cross_entropy(model.lm_head(hidden), targets, "mean")
-
-    def part(h: Tensor, t: Tensor) -> Tensor:
-        return cross_entropy(model.lm_head(h), t, "sum")
-
+        return head_loss(model.lm_head, hidden, targets) / len(targets)
     parts = zip(hidden.split(chunk), targets.split(chunk))
-    return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in parts) / len(targets)
+    return sum(checkpoint(head_loss, model.lm_head, h, t, use_reentrant=False)
+               for h, t in parts) / len(targets)
 
 
 @contextmanager
 def arithmetic(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """bf16 matrix products over float32 weights, and the quickest attention.
-
-    On a CPU bf16 is up to four times faster where there are instructions for it, slower without.
-    Its fused attention is slow in the backward pass; for short rows the formula wins by a fifth.
-    """
+    """bf16 matrix products over float32 weights. On a CPU they are up to four times faster where
+    there are instructions for it, and slower without."""
     cuda = device.type == "cuda"
     has_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
                 else torch.cpu._is_avx512_bf16_supported())
     wanted = config.precision == "bf16" or config.precision == "auto" and has_bf16
-    formula = sdpa_kernel(SDPBackend.MATH) if not cuda and config.block <= 256 else nullcontext()
-    with torch.autocast(device.type, torch.bfloat16, enabled=wanted), formula:
+    with torch.autocast(device.type, torch.bfloat16, enabled=wanted):
         yield
 
 
@@ -424,8 +418,8 @@ class Validation:
         nats = torch.zeros((), dtype=torch.float64, device=model.device)
         for rows in self.rows.split(max(1, 4096 // self.rows.shape[1])):
             rows = rows.to(model.device)
-            logits = model(rows[:, :-1]).flatten(0, 1)                      # (B T, V)
-            nats += cross_entropy(logits, rows[:, 1:].flatten(), "none").double().sum()
+            hidden, targets = model.hidden(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
+            nats += head_loss(model.lm_head, hidden, targets, "none").double().sum()
         return self.processes.sum(nats).item() / math.log(2) / self.bytes
 
 
@@ -452,7 +446,12 @@ class Trainer:
         # step on nothing changes, and `good` has counted the steps before. The host need not look.
         self.bad, self.good, self.total = torch.zeros(3, device=model.device).unbind()
         self.optimizer.found_inf = self.bad
-        self.loss = torch.compile(loss_of) if config.compile else loss_of
+        self.head_loss = head_loss
+        if config.compile:
+            # Three parts. As one with the blocks, `enter`'s cosines would be computed anew for each
+            # element that they turn, which takes 6% of a step.
+            model.enter, model.blocks = torch.compile(model.enter), torch.compile(model.blocks)
+            self.head_loss = torch.compile(head_loss)
 
     def step(self, batch: Tensor, lr: float) -> None:
         """One update from this process's rows (its share of the batch, T + 1)."""
@@ -461,7 +460,7 @@ class Trainer:
         flat.zero_()
         for rows in batch.split(config.micro_batch):
             with arithmetic(config, batch.device):
-                loss = self.loss(self.model, rows, config.loss_chunk) / parts
+                loss = loss_of(self.model, rows, config.loss_chunk, self.head_loss) / parts
             loss.backward()
             flat[-1] += loss.detach()
         processes.sum(flat)             # once, after the last micro-batch
@@ -558,7 +557,7 @@ def train(config: TrainConfig, processes: Processes, resume: bool, command: str)
             if peak:
                 line["mfu"] = rate * per_token / world / peak
             if validate:
-                with arithmetic(config, device):
+                with arithmetic(config, device), model.uncompiled():
                     line["val_bits_per_byte"] = validation(model)
             report(line, config, processes)
             if validate and config.sample:
@@ -599,8 +598,9 @@ def show_sample(model: Transformer, tokenizer: data.Tokenizer, config: TrainConf
                 processes: Processes) -> None:
     if processes.rank == 0:
         prompt = tokenizer.encode(config.sample)
-        new = speculative.complete(model, [prompt], min(48, config.block - len(prompt)),
-                                   temperature=0.8, seed=config.seed)[0]
+        with model.uncompiled():
+            new = speculative.complete(model, [prompt], min(48, config.block - len(prompt)),
+                                       temperature=0.8, seed=config.seed)[0]
         print("  | " + tokenizer.decode(prompt + new).replace("\n", "\n  | "), flush=True)
 
 

@@ -141,6 +141,16 @@ def test_chunked_loss_has_the_same_value_and_gradient(place, chunk):
     assert error < 1e-5, f"the chunked loss's gradient is {error:.1e} off"
 
 
+@pytest.mark.slow
+def test_compiled_steps_give_the_losses_of_eager_ones(place, tmp_path):
+    """Through validations and samples too, whose shapes are others and stay uncompiled."""
+    for name in ("eager", "compiled"):
+        train.main([*flags(place, tmp_path / name, loss_chunk=40, sample="the", steps=12),
+                    "--compile" if name == "compiled" else "--no-compile"])
+    for a, b in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
+        assert math.isclose(a, b, rel_tol=1e-5), f"compiled {b}, eager {a}"
+
+
 def test_a_grown_model_is_the_same_function_and_every_block_learns(place):
     small = Transformer.from_pretrained(place / "init")
     large = Transformer(replace(small.config, num_hidden_layers=3))
@@ -283,9 +293,9 @@ def test_after_a_bad_gradient_nothing_is_updated_and_the_step_is_named(place, tm
         train.main(flags(place, tmp_path / "good"))
     plain, calls = train.loss_of, []
 
-    def poisoned(net, rows, chunk=0):
+    def poisoned(*step):
         calls.append(1)
-        return plain(net, rows, chunk) * (math.nan if len(calls) == 7 else 1)
+        return plain(*step) * (math.nan if len(calls) == 7 else 1)
     monkeypatch.setattr(train, "loss_of", poisoned)
     message = refuse(flags(place, tmp_path, log_every=10), capsys)
     assert "step 7 " in message, f"the bad step is 7: {message}"
