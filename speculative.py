@@ -195,15 +195,21 @@ class Round:
 
 
 def compile_for_decoding(model: Transformer) -> None:
-    """Fuse each block's element-wise work, and turn products with one row into reductions that run
-    at memory speed. Block by block: all share one compilation, a whole model would take minutes."""
+    """Fuse each block's element-wise work, turn products with one row into reductions that run at
+    memory speed, and let each kernel start while the one before it ends (Hopper's PDL). Block by
+    block: all share one compilation, a whole model would take minutes."""
     if "enter" in vars(model):
         return                                      # done for another decoder of this model
     torch._dynamo.config.recompile_limit = 64       # a few shapes for each of two models
-    how = {"dynamic": False, "options": {"coordinate_descent_tuning": True}}
+    how = {"dynamic": False, "options": {"coordinate_descent_tuning": True,
+                                         "triton.enable_pdl": True}}
     for module in (*model.model.layers, model.model.norm, model.lm_head):
         module.compile(**how)
     model.enter = torch.compile(model.enter, **how)
+    for layer in model.model.layers:
+        # Has Inductor store the activation: it would compute it again for each row of down_proj.
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda module, inputs: inputs[0].as_strided(inputs[0].shape, inputs[0].stride()))
 
 
 class Decoder:
@@ -259,7 +265,7 @@ class Decoder:
             cache.position.zero_()
             if padded.shape[1] > 1:
                 # Prompts have any length: compiling for each would take longer than reading it.
-                with torch.compiler.set_stance("force_eager"):
+                with model.uncompiled():
                     model.hidden(padded[:, :-1].clamp(max=model.config.vocab_size - 1), cache)
             cache.position.copy_(lengths - back)        # the padding behind it is now unseen
 
@@ -507,7 +513,8 @@ def compare(target: Transformer, draft: Transformer, prompts: list[list[int]], m
         "mean_gamma": fast.drafted / fast.rounds, "prompts": len(prompts), "tokens": fast.emitted,
         "greedy_match": texts[0] == texts[1] if not sampling.get("temperature") else None}
     # What the formula makes of the measured acceptance and costs (Leviathan, Theorem 3.8, which
-    # takes a verification to cost as much as one token; here its measured cost counts).
+    # takes a verification to cost as much as one token; here its measured cost counts). Reading
+    # the prompt, which takes both ways some steps' time, is not in it.
     G = round(figures["mean_gamma"])
     one, draft_step, verification = step_costs(*decoders, prompts[0], G)
     return figures | {
@@ -616,7 +623,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompt", help="text to continue (default: 16 functions of held-out files)")
     add("--prompt-file", help="file with the text to continue")
     add("--max-new-tokens", type=int, default=64)
-    add("--gamma", default="4", help="drafted tokens a round, or auto (default: %(default)s)")
+    add("--gamma", default="5", help="drafted tokens a round, or auto (default: %(default)s)")
     add("--temperature", type=float, help="default: greedy, and 0.8 beside it without --prompt")
     add("--top-k", type=int, default=0, help="0: off")
     add("--top-p", type=float, default=1.0, help="1: off")

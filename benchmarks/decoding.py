@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import PRESETS, Transformer, prepare_for_decoding, resolve_device
@@ -33,16 +34,24 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
         torch.set_default_dtype(default)
 
 
-def peer(model: Transformer):
-    """The same weights, not a copy of them, in transformers' LlamaForCausalLM."""
+def peer(model: Transformer, vocab_size: int):
+    """The same weights, not a copy of them, in transformers' LlamaForCausalLM.
+
+    It helps only a target of its own vocab_size: the tokens that a draft lacks get rows of zeros.
+    """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise ValueError("--peers needs transformers: pip install -e '.[peers]'") from None
-    config = LlamaConfig(**asdict(model.config), attn_implementation="sdpa")
+    config = LlamaConfig(**asdict(model.config) | {"vocab_size": vocab_size},
+                         attn_implementation="sdpa")
     with torch.device("meta"):
         other = LlamaForCausalLM(config)
-    other.load_state_dict(dict(model.state_dict()), assign=True)
+    tensors = dict(model.state_dict())
+    if missing := vocab_size - model.config.vocab_size:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = F.pad(tensors[name], (0, 0, 0, missing))
+    other.load_state_dict(tensors, assign=True)
     # Angles are no parameter: made on the meta device they hold nothing yet.
     other.model.rotary_emb = type(other.model.rotary_emb)(config).to(model.device)
     other.generation_config.eos_token_id = None
@@ -90,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         prompts = torch.randint(256, (args.prompts, 64), generator=generator).tolist()
     else:
         prompts = held_out_prompts(Path(args.data), args.prompts, 64)
-    others = [peer(target), peer(draft)] if args.peers else []
+    others = [peer(model, target.config.vocab_size) for model in (target, draft) if args.peers]
     prepare_for_decoding(target)
     prepare_for_decoding(draft)
 

@@ -346,7 +346,7 @@ def run_main(folders, capsys, *flags) -> tuple[int, str, str]:
 def test_the_command_streams_a_prompt_and_writes_its_figures(folders, capsys, tmp_path):
     path = tmp_path / "figures.json"
     code, out, err = run_main(folders, capsys, "--prompt", "def f", "--max-new-tokens", 12,
-                              "--json", path)
+                              "--gamma", 4, "--json", path)
     figures = json.loads(path.read_text())
     assert code == 0 and "plain decoding" in out and "speculative decoding" in out, err
     assert figures["greedy_match"] is True and figures["gamma"] == 4
