@@ -623,7 +623,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompt", help="text to continue (default: 16 functions of held-out files)")
     add("--prompt-file", help="file with the text to continue")
     add("--max-new-tokens", type=int, default=64)
-    add("--gamma", default="5", help="drafted tokens a round, or auto (default: %(default)s)")
+    add("--gamma", default="4", help="drafted tokens a round, or auto (default: %(default)s)")
     add("--temperature", type=float, help="default: greedy, and 0.8 beside it without --prompt")
     add("--top-k", type=int, default=0, help="0: off")
     add("--top-p", type=float, default=1.0, help="1: off")
@@ -649,7 +649,7 @@ def run(args: argparse.Namespace) -> None:
     target, draft, tokenizer = load_pair(args.target, args.draft, device,
                                          getattr(torch, args.dtype))
     text = Path(args.prompt_file).read_text() if args.prompt_file else args.prompt
-    prompts = (held_out_prompts(Path(args.data), 16, 96) if text is None
+    prompts = (held_out_prompts(Path(args.data), 16, 64) if text is None
                else [tokenizer.encode(text)])
     if text is not None and target.config.bos_token_id is not None:
         prompts[0].insert(0, target.config.bos_token_id)

@@ -136,7 +136,7 @@ AMD_CODE = TrainConfig(         # 320 rows, as AMD asked for (its own division m
 DEMO = TrainConfig(
     data="{out}/data-demo", preset="demo-draft", block=128, batch_tokens=2048, micro_batch=16,
     warmup=20, lr=3e-3, min_lr=3e-4, log_every=25, val_every=100, val_tokens=2**14, save_every=100)
-GROWN = replace(DEMO, preset="demo-target", lr=5e-4, min_lr=5e-5)
+GROWN = replace(DEMO, preset="demo-target", lr=4e-4, min_lr=4e-5)
 
 RECIPES = {
     "demo": (
@@ -145,7 +145,7 @@ RECIPES = {
                 init="{out}/demo-draft-base"),
         replace(GROWN, name="demo-target-base", mix="general", steps=40, lr=3e-4,
                 init="{out}/demo-draft"),
-        replace(GROWN, name="demo-target", mix="code", steps=400, sample="def ",
+        replace(GROWN, name="demo-target", mix="code", steps=320, sample="def ",
                 init="{out}/demo-target-base")),
     "amd-135m": (AMD,),
     "amd-135m-code": (AMD_CODE,),
