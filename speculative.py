@@ -160,26 +160,32 @@ MAX_AUTO_GAMMA = 12
 class DraftLength:
     """gamma "auto": the draft length that what was measured so far predicts as fastest.
 
-    Seconds a round follow a line in G, fitted to all rounds; alpha is a running mean of the overlap
-    sum min(p, q). A length is chosen from earlier rounds alone and all its drafts are verified, so
-    the choice cannot depend on the tokens it concerns: the output keeps the target's distribution.
+    Seconds a round follow a line in G, fitted to the last rounds, the latest most; alpha is a
+    running mean of the overlap sum min(p, q). A length is chosen from earlier rounds alone and all
+    its drafts are verified, so the choice cannot depend on the tokens it concerns: the output
+    keeps the target's distribution.
     """
 
     def __init__(self):
-        self.alpha, self.sums = 0.7, [0.0] * 5      # sums of 1, G, G^2, seconds, G * seconds
+        self.alpha, self.rounds = 0.7, 0
+        self.sums = [0.0] * 5                       # of 1, G, G^2, seconds, G * seconds
 
     def choose(self) -> int:
+        self.rounds += 1
+        if self.rounds <= 4:                        # it takes two lengths to fit a line
+            return 6 if self.rounds % 2 else 2
         n, g, gg, s, gs = self.sums
-        if n < 4 or n * gg == g * g:                # it takes rounds of two lengths to fit a line
-            return 2 if g else 6
         slope = max((n * gs - g * s) / (n * gg - g * g), 1e-9)
         base = max(s / n - slope * g / n, slope)    # no round is cheaper than its drafts alone
-        return max(range(1, MAX_AUTO_GAMMA + 1),
+        best = max(range(1, MAX_AUTO_GAMMA + 1),
                    key=lambda G: expected_tokens(self.alpha, G) / (base + slope * G))
+        if self.rounds % 8 == 0:                    # lest the line comes to rest on one length
+            best += 2 if self.rounds % 16 or best < 3 else -2
+        return min(best, MAX_AUTO_GAMMA)
 
     def learn(self, gamma: int, seconds: float, overlap: list[float]) -> None:
         row = (1.0, gamma, gamma * gamma, seconds, gamma * seconds)
-        self.sums = [total + x for total, x in zip(self.sums, row)]
+        self.sums = [0.97 * total + x for total, x in zip(self.sums, row)]
         for x in overlap:
             self.alpha += 0.05 * (x - self.alpha)
 

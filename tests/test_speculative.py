@@ -1,6 +1,7 @@
 """Speculative decoding proved: the rule, the round, the loop around it, the corners."""
 import itertools
 import json
+import statistics
 from dataclasses import replace
 
 import data
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer
-from speculative import (Decoder, Stats, complete, expected_tokens, generate, main, sample, verify,
-                         warp)
+from speculative import (MAX_AUTO_GAMMA, Decoder, DraftLength, Stats, complete, expected_tokens,
+                         generate, main, sample, verify, warp)
 
 SMALL = ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -287,6 +288,21 @@ def test_statistics_follow_their_definitions():
 def test_expected_tokens_is_the_papers_formula():
     for alpha in (0.0, 0.3, 0.9, 1.0):
         assert expected_tokens(alpha, 5) == pytest.approx(oracle.expected_tokens(alpha, 5))
+
+
+@pytest.mark.parametrize("alpha, base, slope", [(.8, 1., .15), (.5, 1., .3), (.95, 1., .05)])
+def test_auto_gamma_finds_the_best_length_in_spite_of_a_slow_start(alpha, base, slope):
+    rng, auto, chosen = np.random.default_rng(0), DraftLength(), []
+    best = max(range(1, MAX_AUTO_GAMMA + 1),
+               key=lambda G: oracle.expected_tokens(alpha, G) / (base + slope * G))
+    for i in range(400):
+        G = auto.choose()
+        seconds = (base + slope * G) * rng.normal(1, 0.05) * (10 if i == 0 else 1)
+        auto.learn(G, seconds, [alpha] * G)
+        chosen.append(G)
+    middle = statistics.median(chosen[200:])
+    assert abs(middle - best) <= 1, f"chose {middle}, the best is {best}"
+    assert len(set(chosen[200:])) > 1, "no other length is tried: the line can't be known"
 
 
 # ------------------------------------------------------------------------------ the fast path
