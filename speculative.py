@@ -637,7 +637,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0)
     add("--device", help="cpu or cuda (also ROCm); default: the best there is")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
-    add("--graphs", action="store_true", help="compiled, as CUDA graphs; starts up for a minute")
+    add("--graphs", action="store_true", help="compiled, as CUDA graphs; starts up for minutes")
     add("--verbose", action="store_true", help="list each round's drafts, accepted and rejected")
     add("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)

@@ -12,7 +12,7 @@ GPU never waits.
 
 Letters: B rows of a micro-batch, T tokens of a row, C width, V vocabulary, L layers.
 
-    python train.py                                             # the demo, 3 to 4 minutes on a CPU
+    python train.py                                             # the demo, 3 minutes on two CPU cores
     python train.py amd-135m --data out/pretrain --compile      # AMD-135M's recipe, on one GPU
     torchrun --nproc-per-node 8 train.py amd-135m --data out/pretrain --compile
 
