@@ -224,45 +224,43 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     counts: Counter = Counter()                             # pair -> how often
     where = defaultdict(set)                                # pair -> words that hold (or held) it
-    change: Counter = Counter()                             # what is still to be added to counts
+    heap, fresh = [], []                                    # entries; pairs without one as yet
 
     def count(i: int, sign: int) -> None:
         for pair in zip(words[i], words[i][1:]):
-            change[pair] += sign * times[i]
+            if pair not in counts:
+                fresh.append(pair)
+            counts[pair] += sign * times[i]
             where[pair].add(i)
 
-    # A heap pops its least entry. So counts are negated, and a byte string becomes characters that
-    # sort the other way: 255 - byte, then a mark above all of them, so that a prefix comes last.
-    flip = bytes(range(255, -1, -1))
-
+    # A heap pops its least entry: counts and bytes are negated, and a mark above all bytes makes a
+    # prefix come last.
     def entry(pair: tuple[int, int]) -> tuple:
-        left, right = (tokens[t].translate(flip).decode("latin-1") + "\u0100" for t in pair)
+        left, right = ([*(-byte for byte in tokens[t]), 1] for t in pair)
         return -counts[pair], left, right, pair
 
-    heap: list[tuple] = []
     for i in range(len(words)):
         count(i, 1)
     while len(tokens) < vocab_size - 1:
-        for pair, difference in change.items():
-            if difference:
-                counts[pair] += difference
-                heapq.heappush(heap, entry(pair))
-        change.clear()
-        if not heap:
+        while fresh:
+            heapq.heappush(heap, entry(fresh.pop()))
+        if not heap or heap[0][0] == 0:
             raise ValueError(f"the text yields a vocabulary of {len(tokens) + 1} entries, not the "
                              f"{vocab_size} asked for: add text or ask for fewer")
-        times_seen, _, _, pair = heapq.heappop(heap)
-        if times_seen == 0 or times_seen != -counts[pair]:
-            continue                                        # a later count is in the heap too
+        times_seen, _, _, pair = heap[0]
+        if times_seen != -counts[pair]:                     # merges only make older pairs rarer
+            heapq.heapreplace(heap, entry(pair))
+            continue
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         for i in where.pop(pair):
             count(i, -1)
-            old, words[i], j = words[i], [], 0
-            while j < len(old):
-                joins = (old[j], *old[j + 1:j + 2]) == pair
-                words[i].append(new if joins else old[j])
-                j += 2 if joins else 1
+            old, words[i] = words[i], []
+            for token in old:
+                if words[i] and (words[i][-1], token) == pair:
+                    words[i][-1] = new
+                else:
+                    words[i].append(token)
             count(i, 1)
     return Tokenizer(tokens)
 
