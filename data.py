@@ -41,7 +41,6 @@ import multiprocessing
 import os
 import re
 import signal
-import struct
 import sys
 import sysconfig
 import threading
@@ -157,7 +156,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """The files, by name, that bring this tokenizer back: here and, the .json, elsewhere."""
-        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
+        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
         # GPT-2's alphabet: JSON has no bytes, so 256 printable characters stand for them.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = (b for b in range(256) if b not in printable)
@@ -300,10 +299,9 @@ class SentencePiece(Tokenizer):
         pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
         # tiktoken looks a whole pre-token up before it merges, and so finds even a piece that no
         # merges lead to. Such pieces (with a NUL behind them they fall apart) get no rank.
-        trial = tiktoken.Encoding("trial", pat_str=pattern, special_tokens={}, mergeable_ranks={
-            token: i for i, token in enumerate(ranks + [text.encode() for text in merged])})
+        trial = Tokenizer(ranks + [text.encode() for text in merged], pattern)
         self.merged = [text for i, text in enumerate(merged, len(ranks))
-                       if trial.encode_ordinary(text + "\0") == [i, 0]]
+                       if trial.encode(text + "\0") == [i, 0]]
         super().__init__(ranks + [text.encode() for text in self.merged], pattern)
 
         self.bos_id, self.eos_id = bos, eos
@@ -316,7 +314,7 @@ class SentencePiece(Tokenizer):
         self.fixed = ids[USER_DEFINED]
         longest_first = sorted(self.fixed, key=len, reverse=True)
         self.cut = re.compile("(%s)" % "|".join(map(re.escape, longest_first)))
-        self.added = {text: text not in self.fixed
+        self.added = {text: kind != USER_DEFINED
                       for kind in (UNKNOWN, CONTROL, USER_DEFINED) for text in ids[kind]}
 
     def encode(self, text: str) -> list[int]:
@@ -378,7 +376,7 @@ def read_sentencepiece(model: bytes) -> SentencePiece:
     for number, value in protobuf_fields(model):
         if number == 1:                                     # pieces: 1 text, 2 score, 3 type
             piece = dict(protobuf_fields(value))
-            score, = struct.unpack("<f", piece.get(2, bytes(4)))
+            score = np.frombuffer(piece.get(2, bytes(4)), "<f4").item()
             pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
         elif number in parts:
             parts[number] = dict(protobuf_fields(value))
@@ -449,14 +447,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path).expanduser()
     if path.is_dir():
         path = next((path / name for name in READERS if (path / name).exists()), path)
-    read = {Path(name).suffix: reader for name, reader in READERS.items()}.get(path.suffix)
+    read = READERS.get(f"tokenizer{path.suffix}")
     if not path.is_file() or not read:
         raise ValueError(f"{path} is no tokenizer: expected {', '.join(READERS)}, or a folder with "
                          "one of them (python data.py train-tokenizer makes one)")
     try:
         return read(path.read_bytes())
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error,
-            RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"{path} cannot be used as a tokenizer: {reason}") from None
 
@@ -464,11 +461,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 # --------------------------------------------------------------------------------- documents
 
 PLAIN, ROWS = (".txt", ".py"), (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-NOT_CODE = {                        # folders in the standard library's that are left out:
-    "site-packages", "dist-packages",                       # other people's
-    "test", "tests", "idle_test",                           # tests, with broken examples
-    "encodings", "pydoc_data",                              # tables; the topics are read below
-}
+NOT_CODE = {"site-packages", "dist-packages",               # folders left out: other people's,
+            "test", "tests", "idle_test",                   # tests, with broken examples,
+            "encodings", "pydoc_data"}                      # tables; the topics are read below
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 # Sources that need no path. AMD's corpora come from the Hub: the folder that AMD took, without the
@@ -610,9 +605,8 @@ def text_of(record: Record, source: str, field: str | None) -> str:
 
 def texts(sources: Iterable[str], field: str | None = None) -> Iterator[str]:
     """All texts of the sources, for train_bpe."""
-    for source, files in map(find, sources):
-        for file in files:
-            yield from (text_of(record, source, field) for record in read(source, file))
+    return (text_of(record, source, field) for source, files in map(find, sources)
+            for file in files for record in read(source, file))
 
 
 # --------------------------------------------------------------------------------- prepare
