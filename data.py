@@ -4,14 +4,13 @@ The pipeline, in the order of this file:
 
     texts --train_bpe--> Tokenizer --prepare--> folder of tokens --Loader--> (B, T + 1)
 
-1.  A `Tokenizer` is a tiktoken `Encoding` plus the bytes that each id stands for. `train_bpe` makes
-    one by byte-pair encoding; `load_tokenizer` reads one, Llama-2's SentencePiece model included.
+1.  `train_bpe` learns a `Tokenizer` by byte-pair encoding; `load_tokenizer` reads one, Llama-2's
+    SentencePiece model included. Both kinds run in tiktoken.
 2.  A *source* is a named stream of documents: files of your own, a Hub data set, or the Python that
     runs this script: its docstrings ("general") and sources ("code") need no download.
 3.  `prepare` appends each document's tokens and one end-of-text token to a file, on all cores. A
     hash of the document decides whether it trains or validates.
-4.  `Loader.batch(step, rank, world)` is a pure function. No position in the data is stored, so
-    resuming is asking for the next step, and any number of ranks sees the same rows.
+4.  `Loader.batch(step, rank, world)` is a pure function: resuming is asking for the next step.
 5.  `fetch` gets the rows of evaluate.py's benchmarks.
 
 Letters: B rows of a batch, T tokens of a row, V entries of the vocabulary.
@@ -210,14 +209,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-pair encoding: join the most frequent pair of neighbours, over and over.
 
     vocab_size counts the 256 bytes, the merges and END. Of equally frequent pairs, the one with the
-    lexicographically greater byte strings is joined. Each pre-token is kept once, with its
-    frequency, and a merge recounts only those that hold the pair: 4096 entries from 12 MB of text
-    take seconds, where the naive loop would take hours.
+    lexicographically greater byte strings is joined. A merge recounts only the pre-tokens that hold
+    the pair: 4096 entries from 12 MB of text take seconds, where the naive loop would take hours.
     """
     if vocab_size < 257:
         raise ValueError(f"a vocabulary of {vocab_size} cannot hold the 256 bytes and {END}")
     frequency = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    words = [list(word.encode()) for word in frequency]     # each word as token ids
+    words = [list(word.encode()) for word in frequency]     # each pre-token once, as token ids
     times = list(frequency.values())
     tokens = [bytes([b]) for b in range(256)]
 
@@ -891,16 +889,15 @@ class Loader:
         blocks = [len(stream) // (block + 1) for stream in self.streams]
         self.first = [0, *itertools.accumulate(blocks)]     # block number that a stream begins with
         self.blocks_per_epoch = self.first[-1]
+        mix = corpus.mix or {"data": 1}
         # Sequences: the number of the first block, and how many there are.
-        self.sequences, names = [(0, self.blocks_per_epoch)], ["data"]
-        if corpus.mix:
-            self.sequences, names = list(zip(self.first, blocks)), corpus.sources
-        for name, (_, n) in zip(names, self.sequences):
+        self.sequences = list(zip(self.first, blocks)) if corpus.mix else [(0, sum(blocks))]
+        for name, (_, n) in zip(mix, self.sequences):
             if n == 0:
                 raise ValueError(f"{corpus.folder} has too little {name} in its {corpus.split} "
                                  f"split for one block of {block + 1} tokens: add text, or choose "
                                  "a shorter block")
-        self.table = timetable(list(corpus.mix.values()) if corpus.mix else [1])
+        self.table = timetable(list(mix.values()))
         self.turns = Counter(sequence for sequence, _ in self.table)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
@@ -947,7 +944,7 @@ def fetch(task: str, out: str | Path) -> None:
         raise ValueError(f"unknown task {task!r}: expected all or one of {', '.join(BENCHMARKS)}")
     for name in BENCHMARKS if task == "all" else [task]:
         path, config, *splits = BENCHMARKS[name]
-        place: dict = {"name": config}
+        place = {"name": config}
         if name == "logiqa":        # a program, which datasets no longer runs: the Hub's conversion
             place = {"data_dir": config, "revision": "refs/convert/parquet"}
         for split in splits:
