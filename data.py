@@ -891,7 +891,8 @@ class Loader:
         self.blocks_per_epoch = self.first[-1]
         mix = corpus.mix or {"data": 1}
         # Sequences: the number of the first block, and how many there are.
-        self.sequences = list(zip(self.first, blocks)) if corpus.mix else [(0, self.blocks_per_epoch)]
+        self.sequences = (list(zip(self.first, blocks)) if corpus.mix
+                          else [(0, self.blocks_per_epoch)])
         for name, (_, n) in zip(mix, self.sequences):
             if n == 0:
                 raise ValueError(f"{corpus.folder} has too little {name} in its {corpus.split} "

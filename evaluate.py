@@ -470,6 +470,8 @@ def write_run(path: str | None, report: dict, rows: list[dict]) -> None:
 
 
 def run_scores(args) -> None:
+    if args.shots < 0:
+        raise ValueError(f"--shots is {args.shots}: expected 0 or more")
     names = list(TASKS) if args.tasks == "all" else args.tasks.split(",") if args.tasks else []
     if names and not args.data:
         raise ValueError("--tasks needs --data DIR, which holds a folder of rows for each task")
@@ -569,7 +571,16 @@ def read_problems(data: str) -> list[dict]:
     if not path.exists():
         raise ValueError(f"{path} is missing: put the problems there, or fetch them with "
                          "`python data.py fetch humaneval`")
-    return [json.loads(problem) for problem in gzip.decompress(path.read_bytes()).splitlines()]
+    try:
+        problems = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        good = problems and all(isinstance(problem[key], str) for problem in problems
+                                for key in ("task_id", "prompt", "test", "entry_point"))
+    except (OSError, EOFError, ValueError, LookupError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"{path} is not gzipped JSONL of problems with task_id, prompt, test and "
+                         "entry_point: fetch it again")
+    return problems
 
 
 def write_programs(problems: list[dict], tokenizer: Tokenizer, args, target: Transformer,
@@ -588,12 +599,15 @@ def write_programs(problems: list[dict], tokenizer: Tokenizer, args, target: Tra
         if not decoders or len(batch) < args.batch:
             decoders = [Decoder(target, draft, args.gamma, batch=len(batch), length=length,
                                 graphs=args.graphs, **sampling) for draft in drafts]
-        for decoder, (completions, stats) in zip(decoders, runs):
+            for decoder in decoders:                # warm up
+                list(decoder.generate(batch, 8))
+        turns = list(zip(decoders, runs))
+        for decoder, (completions, stats) in turns if first // args.batch % 2 else turns[::-1]:
             new = [[] for _ in batch]
             for done in decoder.generate(
                     batch, args.max_new_tokens, tokenizer.eos_id, args.seed + first, stats,
                     # Only the end is new, and no stop string has more tokens than bytes.
-                    stop=lambda row: cut_at_stop(text := tokenizer.decode(row[-40:])) != text):
+                    stop=lambda row: any(s in tokenizer.decode(row[-40:]) for s in STOPS)):
                 for row, tokens in zip(new, done.tokens):
                     row += tokens
             for prompt, row in zip(batch, new):     # decoded behind its prompt: SentencePiece

@@ -153,8 +153,8 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), written out.
 
     q (B, H, T, D); k, v (B, K, S, D); mask (B or 1, 1, T, S): 0 where a query may look, else -inf.
-    The model calls PyTorch's fused kernels, which never store the (T, S) scores; a test holds
-    the two equal.
+    But for short rows in training on a CPU, the model calls PyTorch's fused kernels, which never
+    store the (T, S) scores; tests hold the two equal.
     """
     groups = q.shape[1] // k.shape[1]       # query heads that share one key/value head
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)   # (B, H, S, D)
@@ -186,8 +186,9 @@ class Attention(nn.Module):
             keys[slots], values[slots] = k, v
             k, v = keys, values                                             # (B, S, K, D)
         k, v = k.transpose(1, 2), v.transpose(1, 2)                         # (B, K, S, D)
-        if mask is None and T <= 1024 and x.device.type == "cpu" and q.dtype == torch.bfloat16:
-            # PyTorch's kernel for a CPU takes up to three times as long where the scores are few.
+        if (mask is None and T <= 512 and x.device.type == "cpu" and q.dtype == torch.bfloat16
+                and torch.is_grad_enabled()):
+            # The backward pass of PyTorch's kernel for a CPU takes two to six times as long.
             unseen = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
             y = attention_formula(q, k, v, unseen)                          # (B, H, T, D)
         else:
@@ -323,7 +324,7 @@ class Transformer(nn.Module):
 
     def uncompiled(self) -> AbstractContextManager:
         """Within it compiled parts run eagerly: for shapes not worth a compilation of their own."""
-        compiled = "enter" in vars(self)
+        compiled = "enter" in vars(self)        # torch.compile's function hides the method
         return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
     @classmethod
@@ -380,7 +381,7 @@ def resolve_device(name: str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).tolist()      # the meta device has no data to list
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {name!r} is not there: expected cpu"
                          + (" or cuda" if torch.cuda.is_available() else "")
@@ -578,8 +579,8 @@ class FusedLinear(nn.Module):
 class PackedLinear(nn.Module):
     """A Linear for decoding on a CPU, its weight laid out anew by oneDNN for a few rows of x.
 
-    PyTorch's own product of six rows takes about three times that of one; packed, it takes 1.0 to
-    1.2 times (benchmarks/decoding.py prints it), and one row is faster too.
+    PyTorch's own product has a fast path for one row and falls off it at two; packed, six rows
+    take 1.0 to 1.2 times as long as one (benchmarks/decoding.py prints it).
     """
 
     def __init__(self, linear: Linear, rows: int):

@@ -179,13 +179,18 @@ class DraftLength:
         base = max(s / n - slope * g / n, slope)    # no round is cheaper than its drafts alone
         best = max(range(1, MAX_AUTO_GAMMA + 1),
                    key=lambda G: expected_tokens(self.alpha, G) / (base + slope * G))
-        if self.rounds % 8 == 0:                    # lest the line comes to rest on one length
-            best += 2 if self.rounds % 16 or best < 3 else -2
-        return min(best, MAX_AUTO_GAMMA)
+        if self.rounds % 8:
+            return best
+        # One round in eight tries another length, lest the line comes to rest on one alone.
+        longer = best < 3 or self.rounds % 16 == 0 and best + 2 <= MAX_AUTO_GAMMA
+        return best + 2 if longer else best - 2
 
     def learn(self, gamma: int, seconds: float, overlap: list[float]) -> None:
-        row = (1.0, gamma, gamma * gamma, seconds, gamma * seconds)
-        self.sums = [0.97 * total + x for total, x in zip(self.sums, row)]
+        if self.rounds > 1:                         # the first one warms up
+            n, _, _, s, _ = self.sums
+            seconds = min(seconds, 2 * s / n) if n else seconds     # a slow moment says little
+            row = (1.0, gamma, gamma * gamma, seconds, gamma * seconds)
+            self.sums = [0.97 * total + x for total, x in zip(self.sums, row)]  # 33 rounds count
         for x in overlap:
             self.alpha += 0.05 * (x - self.alpha)
 
@@ -231,7 +236,7 @@ class Decoder:
                  gamma: int | str = 5, temperature: float = 0.0, top_k: int = 0,
                  top_p: float = 1.0, batch: int = 1, length: int | None = None,
                  graphs: bool = False):
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected "
                              "temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1")
         if draft is not None and gamma != "auto" and gamma < 1:
@@ -391,7 +396,7 @@ class Decoder:
             raise ValueError(
                 f"got {len(prompts)} prompts of {[len(p) for p in prompts]} tokens, expected "
                 f"{len(self.tail)} of 1 to {self.length - 1}: the context must hold the prompt and "
-                "a new token, so shorten the prompt")
+                "a new token, so shorten the prompt, or give one that is not empty")
         V = self.target.config.vocab_size
         if not all(0 <= token < V for prompt in prompts for token in prompt):
             raise ValueError(f"a prompt has tokens outside of 0 to {V - 1}, the target's "
@@ -413,7 +418,9 @@ class Decoder:
                 torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators])
             result = self.round(G)
             done = Round([[] for _ in prompts], [0] * len(prompts), [[] for _ in prompts])
-            for b, row in enumerate(result.tolist()):   # the one synchronisation of a round
+            overlaps, rows = [], result.tolist()        # the one synchronisation of a round
+            round_took = time.perf_counter() - round_began
+            for b, row in enumerate(rows):
                 if not limit[b]:
                     continue
                 drafted, bonus, n = [int(t) for t in row[:G]], int(row[G]), int(row[G + 1])
@@ -424,13 +431,14 @@ class Decoder:
                 done.tokens[b], done.drafted[b] = tokens, drafted
                 done.accepted[b] = min(n, len(tokens))
                 stats.count(G, n, row[G + 2:], len(tokens))
-                if self.auto:
-                    self.auto.learn(G, time.perf_counter() - round_began, row[G + 2:][:n + 1])
+                overlaps += row[G + 2:][:n + 1]
                 if len(new[b]) == limit[b] or tokens[-1] == eos_id or (stop and stop(new[b])):
                     limit[b] = 0
                     self.active[b] = 0
                     for cache in self.caches:
                         cache.position[b] = 0           # the row idles where there is room
+            if self.auto:
+                self.auto.learn(G, round_took, overlaps)
             stats.seconds += time.perf_counter() - began
             yield done
             began = time.perf_counter()     # what the caller did meanwhile is not decoding
@@ -462,9 +470,9 @@ def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tupl
     with torch.inference_mode():
         plain.start([prompt])
         fast.start([prompt])
-        if fast.graphs is not None:
-            if G not in fast.graphs:                            # gamma "auto" never chose it
-                fast.record(G)
+        if fast.graphs is not None and G not in fast.graphs:    # gamma "auto" never chose it
+            fast.record(G)
+        if plain.graphs and fast.graphs:
             graphs = plain.graphs[0][0] + fast.graphs[G][0]
             steps = [graph.replay for graph in graphs]
         else:

@@ -91,6 +91,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if min(args.gamma, args.prompts, args.max_new_tokens) < 1:
+        raise ValueError(f"--gamma {args.gamma}, --prompts {args.prompts}, --max-new-tokens "
+                         f"{args.max_new_tokens}: expected at least 1 of each")
     device, G, new = resolve_device(args.device), args.gamma, args.max_new_tokens
     target, draft = (load(name, device, getattr(torch, args.dtype))
                      for name in (args.target, args.draft))

@@ -16,6 +16,7 @@ table.
 import argparse
 import gc
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -262,7 +263,7 @@ def measure(name: str, config: TrainConfig, processes: Processes, steps: int) ->
             times.append((time.perf_counter() - began) / math.ceil(steps / 4))
     except Exception as error:          # a variant that fails is a row of the table too
         return {"name": name, "error": (str(error) or repr(error)).splitlines()[0][:90]}
-    seconds = sorted(times)[1]
+    seconds = statistics.median(times)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None
     return {"name": name, "rate": config.batch_tokens / seconds, "memory": memory, "start": ready}
 
@@ -276,15 +277,15 @@ def table(config: TrainConfig, processes: Processes, names: list[str], steps: in
         f"{config.preset}, {config.micro_batch} x {config.block} tokens on each of "
         f"{processes.world} x {device}, torch {torch.__version__}, "
         f"{'compiled' if config.compile else 'eager'}\n"
-        f"| step | tokens/s | beside ours | {'MFU' if peak else 'TFLOP/s'} | peak GiB | start s | "
-        "predicted |\n|---|---:|---:|---:|---:|---:|---|")
+        f"| step | tokens/s | beside {names[0]} | {'MFU' if peak else 'TFLOP/s'} | peak GiB | "
+        "start s | predicted |\n|---|---:|---:|---:|---:|---:|---|")
     base = None
     for name in names:
         row = measure(name, config, processes, steps)
         if "error" in row:
             processes.say(f"| {name} | failed: {row['error']} | | | | | {VARIANTS[name][1]} |")
             continue
-        base = base or row["rate"]
+        base = base or (row["rate"] if name == names[0] else math.nan)
         flops = row["rate"] / processes.world * per_token
         processes.say(
             f"| {name} | {row['rate']:,.0f} | {row['rate'] / base:.3f} | "
@@ -334,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         names = list(VARIANTS) if args.variants == "all" else args.variants.split(",")
+        if args.steps < 1:
+            raise ValueError(f"--steps is {args.steps}: expected at least 1")
         if unknown := [name for name in names if name not in VARIANTS]:
             raise ValueError(f"there is no variant {', '.join(unknown)}: expected some of "
                              f"{', '.join(VARIANTS)}")

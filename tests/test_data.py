@@ -606,14 +606,16 @@ def test_fetched_rows_are_where_evaluate_looks_for_them(tmp_path, monkeypatch):
 
     def load_dataset(path, name=None, *, split, streaming, **place):
         asked.append((path, name or place.get("data_dir"), split))
-        return iter([{"path": path, "split": split, "text": "a\u2028b\n\u00e9"}])
+        return iter([{"path": path, "split": split, "text": "a\u2028b\n\u00e9"} | problem])
+
+    problem = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), "x")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     data.main(["fetch", "all", "--out", str(tmp_path)])
     for name, task in evaluate.TASKS.items():
         rows = [row for _, row in evaluate.read_rows(tmp_path / name, task.split)]
         path, _, scored, *examples = data.BENCHMARKS[name]
-        assert rows == [{"path": path, "split": scored, "text": "a\u2028b\n\u00e9"}], name
+        assert rows == [{"path": path, "split": scored, "text": "a\u2028b\n\u00e9"} | problem], name
         assert (scored == "test") == task.split.startswith("test"), f"{name}: the wrong split"
         for split in examples:
             assert list(evaluate.read_rows(tmp_path / name, split)), f"{name}: no examples"

@@ -527,6 +527,7 @@ def test_a_malformed_row_is_named(content, complaint, checkpoint, tmp_path, caps
     (["CHECKPOINT", "--tasks", "arc_easy"], "--tasks needs --data DIR"),
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--bos"], "has no BOS token"),
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--shots", "2"], "*train*.jsonl"),
+    (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--shots", "-1"], "--shots is -1"),
     (["CHECKPOINT", "--text", "nothing.txt"], "nothing.txt"),
     (["nowhere", "--tasks", "arc_easy", "--data", "ROWS"], "nowhere"),
     (["CHECKPOINT", "--colour"], "unrecognized arguments: --colour"),
@@ -544,6 +545,16 @@ def test_a_mistake_gets_one_sentence(argv, complaint, checkpoint, arc_data, caps
     other.with_suffix(".jsonl").write_text("")
     names = {"CHECKPOINT": checkpoint("a"), "ROWS": arc_data, "OTHER": str(other)}
     assert complaint in refuses(capsys, *(names.get(word, word) for word in argv))
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"no gzip", gzip.compress(b""), gzip.compress(b"{"), gzip.compress(b"[1]"),
+    gzip.compress(b'{"prompt": "p", "test": "t", "entry_point": "e"}')])
+def test_a_broken_file_of_problems_is_named(content, checkpoint, tmp_path, capsys):
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "HumanEval.jsonl.gz").write_bytes(content)
+    assert "HumanEval.jsonl.gz is not gzipped JSONL of problems" in refuses(
+        capsys, "humaneval", "--target", checkpoint("a"), "--data", str(tmp_path))
 
 
 def test_a_model_that_knows_fewer_tokens_than_its_tokenizer_is_refused(

@@ -90,6 +90,28 @@ def test_residual_stream_under_autocast_is_bf16(tiny):
         "the weights and their gradients stay float32 under autocast")
 
 
+@pytest.mark.parametrize("heads", HEADS)
+def test_training_in_bf16_on_a_cpu_attends_by_the_formula(tiny, heads, monkeypatch):
+    """Short rows take attention_formula there; the fused kernel is what it must agree with."""
+    model, tokens, calls, formula = tiny(torch.float32, **HEADS[heads]), random_tokens(2, 12), [], \
+        attention_formula
+    monkeypatch.setattr("model.attention_formula", lambda *a: (calls.append(1), formula(*a))[1])
+    changed = tokens.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % model.config.vocab_size
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, later = model(tokens).float(), model(changed).float()
+        assert calls, "the formula was not used"
+        with torch.no_grad():
+            calls.clear()
+            fused = model(tokens).float()
+            assert not calls, "without a backward pass the fused kernel is as quick and more exact"
+    assert torch.equal(ours[:, :8], later[:, :8]), "a position attends to a later one"
+    assert not torch.equal(ours[:, 8:], later[:, 8:])
+    # bf16 has 8 bits: each of a handful of products and sums in a row rounds by up to 1/256.
+    error = (ours - fused).norm() / fused.norm()
+    assert error < 0.02, f"the formula's logits are {error:.3f} off the fused kernel's"
+
+
 # --------------------------------------------------------------------------------------- the cache
 
 @pytest.mark.parametrize("heads", HEADS)
