@@ -566,6 +566,10 @@ def cut_at_stop(completion: str) -> str:
                            default=None)]
 
 
+def has_stop(text: str) -> bool:
+    return any(stop in text for stop in STOPS)
+
+
 def read_problems(data: str) -> list[dict]:
     path = Path(data) / "humaneval" / "HumanEval.jsonl.gz"
     if not path.exists():
@@ -607,7 +611,7 @@ def write_programs(problems: list[dict], tokenizer: Tokenizer, args, target: Tra
             for done in decoder.generate(
                     batch, args.max_new_tokens, tokenizer.eos_id, args.seed + first, stats,
                     # Only the end is new, and no stop string has more tokens than bytes.
-                    stop=lambda row: any(s in tokenizer.decode(row[-40:]) for s in STOPS)):
+                    stop=lambda row: has_stop(tokenizer.decode(row[-40:]))):
                 for row, tokens in zip(new, done.tokens):
                     row += tokens
             for prompt, row in zip(batch, new):     # decoded behind its prompt: SentencePiece

@@ -131,8 +131,8 @@ class Linear(nn.Module):
 def rope(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of RoPE's angles position * theta^(-2i/D) (Su et al. 2021, eq. 15).
 
-    positions (B, T) -> two tensors (B, 1, T, D) of type dtype. A cache keeps those of its places,
-    so there is no other table that a long generation could run off. The arithmetic is float32, as
+    positions (B, T) -> two tensors (B, 1, T, D) of type dtype. The only table of them is a cache's,
+    with a row for each of its places: no generation can run off it. The arithmetic is float32, as
     checkpoints were trained with, unless the model is float64. Channel i turns with channel
     i + D/2 (the "half" layout of Hugging Face's checkpoints; the paper's pairs are 2i, 2i + 1).
     """
@@ -153,8 +153,8 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), written out.
 
     q (B, H, T, D); k, v (B, K, S, D); mask (B or 1, 1, T, S): 0 where a query may look, else -inf.
-    But for short rows in training on a CPU, the model calls PyTorch's fused kernels, which never
-    store the (T, S) scores; tests hold the two equal.
+    The model calls PyTorch's fused kernels, which never store the (T, S) scores, except to train
+    on short rows on a CPU; tests hold the two equal.
     """
     groups = q.shape[1] // k.shape[1]       # query heads that share one key/value head
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)   # (B, H, S, D)
@@ -188,7 +188,8 @@ class Attention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)                         # (B, K, S, D)
         if (mask is None and T <= 512 and x.device.type == "cpu" and q.dtype == torch.bfloat16
                 and torch.is_grad_enabled()):
-            # The backward pass of PyTorch's kernel for a CPU takes two to six times as long.
+            # PyTorch's kernel for a CPU is slow in the backward pass: benchmarks/training.py --eager
+            # has it in the row `plain`.
             unseen = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
             y = attention_formula(q, k, v, unseen)                          # (B, H, T, D)
         else:
@@ -306,6 +307,7 @@ class Transformer(nn.Module):
         return x, cache.cos[positions][:, None], cache.sin[positions][:, None], slots, mask
 
     def blocks(self, x: Tensor, cos: Tensor, sin: Tensor, slots, mask, cache) -> Tensor:
+        """What is left of hidden() after enter(): training compiles the two apart."""
         for i, layer in enumerate(self.model.layers):
             past = cache and (cache.keys[i], cache.values[i], slots, mask)
             x = layer(x, cos, sin, past)
@@ -322,10 +324,13 @@ class Transformer(nn.Module):
         """Logits (B, T, V) for tokens (B, T). With a cache, tokens follow those it holds."""
         return self.lm_head(self.hidden(tokens, cache))
 
+    @property
+    def compiled(self) -> bool:
+        return "enter" in vars(self)            # torch.compile's function hides the method
+
     def uncompiled(self) -> AbstractContextManager:
         """Within it compiled parts run eagerly: for shapes not worth a compilation of their own."""
-        compiled = "enter" in vars(self)        # torch.compile's function hides the method
-        return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None):

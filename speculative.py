@@ -209,8 +209,8 @@ def compile_for_decoding(model: Transformer) -> None:
     """Fuse each block's element-wise work, turn products with one row into reductions that run at
     memory speed, and let each kernel start while the one before it ends (Hopper's PDL). Block by
     block: all share one compilation, a whole model would take minutes."""
-    if "enter" in vars(model):
-        return                                      # done for another decoder of this model
+    if model.compiled:
+        return                                      # for another decoder of this model
     torch._dynamo.config.recompile_limit = 64       # a few shapes for each of two models
     how = {"dynamic": False, "options": {"coordinate_descent_tuning": True,
                                          "triton.enable_pdl": True}}

@@ -597,7 +597,7 @@ def truncate_metrics(path: Path, step: int) -> None:
 def show_sample(model: Transformer, tokenizer: data.Tokenizer, config: TrainConfig,
                 processes: Processes) -> None:
     if processes.rank == 0:
-        prompt = tokenizer.encode(config.sample)[-(config.block // 2):]
+        prompt = tokenizer.encode(config.sample)[-(config.block // 2):]     # leaves room to go on
         with model.uncompiled():
             new = speculative.complete(model, [prompt], min(48, config.block - len(prompt)),
                                        temperature=0.8, seed=config.seed)[0]

@@ -2,10 +2,10 @@
 
 Each row trains the same shape on the same random tokens, in bf16 over float32 weights, with fused
 AdamW and clipping, and is measured alone: tokens/s, MFU, peak memory. `transformers` is
-LlamaForCausalLM (extra `peers`); `plain` is a step of llama2.c's shape: float32 residual stream,
-interleaved RoPE, one optimizer call on gradients that autograd allocates. The rows after them
-change one thing of train.py's step; the prediction, written before the measurement, stands in the
-table.
+LlamaForCausalLM with its own loss (extra `peers`); `plain` is a step of llama2.c's shape: float32
+residual stream, interleaved RoPE, one optimizer call on gradients that autograd allocates. The rows
+after them change one thing of train.py's step; the prediction, written before the measurement,
+stands in the table.
 
     python benchmarks/training.py                                   # amd-135m on one GPU
     python benchmarks/training.py --variants ours,transformers --preset demo-target --block 128 \\
@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -117,12 +117,8 @@ def transformers(config: TrainConfig, processes: Processes, own_loss: bool = Tru
     except ImportError:
         raise ValueError("transformers is not installed: pip install -e '.[peers]', or leave it "
                          "out with --variants") from None
-    c = PRESETS[config.preset]
     module = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps,
-        max_position_embeddings=c.max_position_embeddings, use_cache=False,
+        **asdict(PRESETS[config.preset]), use_cache=False,
         attn_implementation="sdpa")).to(processes.device)
 
     def loss(module: nn.Module, batch: Tensor) -> Tensor:
@@ -143,14 +139,14 @@ def ours(config: TrainConfig, processes: Processes, head_loss: Callable | None =
 
 
 def compiled(config: TrainConfig, processes: Processes, *methods: str, **options) -> Callable:
-    """Our step with other parts of the model compiled: the named methods, or "layer" for layer."""
+    """Our step with other parts compiled: the named methods, or with "layer" each layer alone."""
     model = Transformer(PRESETS[config.preset]).to(processes.device)
     trainer = Trainer(model, replace(config, compile=False), processes)
     if config.compile:
         for name in methods:
             if name == "layer":
-                for layer in model.model.layers:
-                    layer.compile(**options)
+                for module in (*model.model.layers, model.model.norm):
+                    module.compile(**options)
             else:
                 setattr(model, name, torch.compile(getattr(model, name), **options))
         trainer.head_loss = torch.compile(head_loss, **options)

@@ -141,6 +141,12 @@ def test_chunked_loss_has_the_same_value_and_gradient(place, chunk):
     assert error < 1e-5, f"the chunked loss's gradient is {error:.1e} off"
 
 
+def test_a_sample_longer_than_a_row_costs_no_checkpoint(place, tmp_path, capsys):
+    train.main(flags(place, tmp_path, steps=10, sample="token loss " * BLOCK))
+    assert train.read_state(tmp_path / "m")["step"] == 10
+    assert "  | " in capsys.readouterr().out, "no sample was shown"
+
+
 @pytest.mark.slow
 def test_compiled_steps_give_the_losses_of_eager_ones(place, tmp_path):
     """Through validations and samples too, whose shapes are others and stay uncompiled."""
