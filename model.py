@@ -188,8 +188,8 @@ class Attention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)                         # (B, K, S, D)
         if (mask is None and T <= 512 and x.device.type == "cpu" and q.dtype == torch.bfloat16
                 and torch.is_grad_enabled()):
-            # PyTorch's kernel for a CPU is slow in the backward pass: benchmarks/training.py --eager
-            # has it in the row `plain`.
+            # PyTorch's kernel for a CPU is slow in the backward pass: the row `plain` has it in
+            # benchmarks/training.py --eager.
             unseen = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
             y = attention_formula(q, k, v, unseen)                          # (B, H, T, D)
         else:
