@@ -340,7 +340,7 @@ def score(model: Transformer, questions: list[list[Request]],
     for MMLU's letters, which are foretold but not read. Batches are of like lengths."""
     # Tokens read at once, with padding: what a core's cache holds, or what keeps a GPU busy. More
     # would only be more padding.
-    budget = 512 if model.device.type == "cpu" else 8192
+    budget = 512 if model.device.type == "cpu" else 16384
     groups = []         # (shared tokens, requests)
     for question in questions:
         inputs = [tokens[:-1] for tokens, _ in question]

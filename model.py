@@ -175,7 +175,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past=None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.fused(x) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (self.fused(x).split(self.fused.sizes, -1) if self.fused else
+                   (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         q = q.view(B, T, -1, self.D).transpose(1, 2)                        # (B, H, T, D)
         k = k.view(B, T, -1, self.D).transpose(1, 2)                        # (B, K, T, D)
         v = v.view(B, T, -1, self.D)                                        # (B, T, K, D)
@@ -209,7 +210,8 @@ class SwiGLU(nn.Module):
         self.fused = None           # gate and up in one product: see prepare_for_decoding
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.fused(x) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        gate, up = (self.fused(x).chunk(2, -1) if self.fused else
+                    (self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(F.silu(gate) * up)                            # (B, T, F) -> (B, T, C)
 
 
@@ -566,50 +568,58 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 # ---------------------------------------------------------- decoding: products with a few rows of x
 
-class FusedLinear(nn.Module):
-    """Several matrices that read the same x as one: fewer and larger products, each at more of the
-    memory's speed. x (..., in) -> one tensor (..., out_i) for each."""
+class FewRowsLinear(nn.Module):
+    """norm(x) W^T for a few rows of x, where W is one matrix or several that read the same x: a
+    product that should take no longer than reading W.
 
-    def __init__(self, parent: nn.Module, *names: str):
-        super().__init__()
-        linears = [parent._modules.pop(name) for name in names]
-        self.sizes = [len(linear.weight) for linear in linears]
-        self.linear = linears[0]
-        self.linear.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(x).split(self.sizes, -1)
-
-
-class PackedLinear(nn.Module):
-    """A Linear for decoding on a CPU, its weight laid out anew by oneDNN for a few rows of x.
-
-    PyTorch's own product has a fast path for one row and falls off it at two; packed, six rows
-    take 1.0 to 1.2 times as long as one (benchmarks/decoding.py prints it).
+    On a CPU, PyTorch's own product has a fast path for one row and falls off it at two; with W laid
+    out anew by oneDNN, six rows take 1.0 to 1.2 times as long as one (benchmarks/decoding.py prints
+    it). On a GPU, compiled, one row takes one_row() instead.
     """
 
-    def __init__(self, linear: Linear, rows: int):
+    def __init__(self, *linears: Linear, norm: RMSNorm | None = None):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.norm, self.sizes = norm, [len(linear.weight) for linear in linears]
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.packed = (weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+                       and weight.dtype in (torch.float32, torch.bfloat16))
+        if self.packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 6)     # laid out for six rows
+        self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        if torch.compiler.is_compiling() and not self.packed and x.shape[:-1].numel() == 1:
+            return self.one_row(x.flatten()).view(*x.shape[:-1], -1)
+        x = self.norm(x) if self.norm else x
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return F.linear(x, self.weight)
+
+    def one_row(self, x: Tensor) -> Tensor:
+        """(in,) -> (out,), each output a sum over `in`, as the mean in its norm is one. Sums over
+        the same index compile into one kernel, which reads W at the memory's speed; that each
+        output sums the squares anew takes less time than launching a kernel of their own."""
+        if len(x) > 4096:       # has the compiler store x, which it would compute for each output
+            x = x.as_strided(x.shape, x.stride())
+        wide, scale = x.to(torch.promote_types(x.dtype, torch.float32)), 1.0
+        if self.norm:
+            mean = wide.square().expand_as(self.weight).mean(-1)            # (out,)
+            wide, scale = wide * self.norm.weight, torch.rsqrt(mean + self.norm.eps)
+        return ((self.weight * wide).sum(-1) * scale).to(x.dtype)
 
 
 @torch.no_grad()
-def prepare_for_decoding(model: Transformer, rows: int = 6) -> Transformer:
-    """Fuse, and on a CPU pack, the matrices of a model in place, for products with a few rows.
-
-    The model then computes the same faster, but neither trains nor saves. Packing needs PyTorch's
-    oneDNN and float32 or bfloat16; without them it is left out.
-    """
+def prepare_for_decoding(model: Transformer) -> Transformer:
+    """Replace a model's matrices in place by forms that are fast for few rows: it computes the same
+    but neither trains nor saves any more."""
     for layer in model.model.layers:
-        layer.self_attn.fused = FusedLinear(layer.self_attn, "q_proj", "k_proj", "v_proj")
-        layer.mlp.fused = FusedLinear(layer.mlp, "gate_proj", "up_proj")
-    if model.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
-            model.dtype in (torch.float32, torch.bfloat16)):
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, Linear):
-                    setattr(module, name, PackedLinear(child, rows))
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.fused = FewRowsLinear(attention.q_proj, attention.k_proj, attention.v_proj,
+                                        norm=layer.input_layernorm)
+        mlp.fused = FewRowsLinear(mlp.gate_proj, mlp.up_proj, norm=layer.post_attention_layernorm)
+        del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+        layer.input_layernorm = layer.post_attention_layernorm = nn.Identity()
+        attention.o_proj = FewRowsLinear(attention.o_proj)
+        mlp.down_proj = FewRowsLinear(mlp.down_proj)
+    model.lm_head = FewRowsLinear(model.lm_head)
     return model.requires_grad_(False)

@@ -211,16 +211,15 @@ def compile_for_decoding(model: Transformer) -> None:
     block: all share one compilation, a whole model would take minutes."""
     if model.compiled:
         return                                      # for another decoder of this model
+    if getattr(model.lm_head, "packed", False):
+        raise ValueError("graphs are for a GPU, and this model was prepared for a CPU: leave "
+                         "--graphs out, or choose another --device")
     torch._dynamo.config.recompile_limit = 64       # a few shapes for each of two models
     how = {"dynamic": False, "options": {"coordinate_descent_tuning": True,
                                          "triton.enable_pdl": True}}
     for module in (*model.model.layers, model.model.norm, model.lm_head):
         module.compile(**how)
     model.enter = torch.compile(model.enter, **how)
-    for layer in model.model.layers:
-        # Has Inductor store the activation: it would compute it again for each row of down_proj.
-        layer.mlp.down_proj.register_forward_pre_hook(
-            lambda module, inputs: inputs[0].as_strided(inputs[0].shape, inputs[0].stride()))
 
 
 class Decoder:
@@ -385,9 +384,9 @@ class Decoder:
                  stop: Callable[[list[int]], bool] | None = None) -> Iterator[Round]:
         """Yield a Round at a time until every row has its tokens, met EOS or filled the context.
 
-        EOS is emitted. A row also ends where stop(its new tokens) is true. Row b draws from a
-        random stream of its own, seeded by seed + b: it is what it would have been alone (but not
-        with gamma "auto": there the clock has a say in the draft lengths).
+        EOS is emitted. A row also ends with the first token after which stop(its new tokens) is
+        true. Row b draws from a random stream of its own, seeded by seed + b: it is what it would
+        have been alone (but not with gamma "auto": there the clock has a say in draft lengths).
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
@@ -424,15 +423,17 @@ class Decoder:
                 if not limit[b]:
                     continue
                 drafted, bonus, n = [int(t) for t in row[:G]], int(row[G]), int(row[G + 1])
-                tokens = (drafted[:n] + [bonus])[:limit[b] - len(new[b])]
-                if eos_id in tokens:
-                    tokens = tokens[:tokens.index(eos_id) + 1]
-                new[b] += tokens
-                done.tokens[b], done.drafted[b] = tokens, drafted
-                done.accepted[b] = min(n, len(tokens))
-                stats.count(G, n, row[G + 2:], len(tokens))
+                emitted = done.tokens[b]
+                for token in (drafted[:n] + [bonus])[:limit[b] - len(new[b])]:
+                    emitted.append(token)
+                    new[b].append(token)
+                    if token == eos_id or (stop and stop(new[b])):
+                        limit[b] = len(new[b])
+                        break
+                done.drafted[b], done.accepted[b] = drafted, min(n, len(emitted))
+                stats.count(G, n, row[G + 2:], len(emitted))
                 overlaps += row[G + 2:][:n + 1]
-                if len(new[b]) == limit[b] or tokens[-1] == eos_id or (stop and stop(new[b])):
+                if len(new[b]) == limit[b]:
                     limit[b] = 0
                     self.active[b] = 0
                     for cache in self.caches:
@@ -675,11 +676,11 @@ def run(args: argparse.Namespace) -> None:
         """Stream the first prompt's text, once from each side."""
         if i == 0 and not results:
             if side not in displays:
+                print("" if displays else f"prompt: {tokenizer.decode(prompts[0])}", end="")
                 print(f"\n\n--- {('plain', 'speculative')[side]} decoding")
                 displays[side] = Display(tokenizer, prompts[0], args.verbose)
             displays[side].show(done)
 
-    print(f"prompt: {tokenizer.decode(prompts[0])}", end="")
     temperatures = [args.temperature] if args.temperature is not None else (
         [0.0] if text is not None else [0.0, 0.8])
     for temperature in temperatures:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import oracle
-from model import (PRESETS, Cache, Linear, ModelConfig, PackedLinear, RMSNorm, Transformer,
+from model import (PRESETS, Cache, FewRowsLinear, Linear, ModelConfig, RMSNorm, Transformer,
                    attention_formula, prepare_for_decoding)
 
 HEADS = {"MHA": {}, "grouped": {"num_key_value_heads": 2}, "one-kv": {"num_key_value_heads": 1},
@@ -281,7 +281,20 @@ def test_packing_changes_no_logits():
             error = max(off(packed(tokens[:, :T]), wanted[T - 1]) for T in range(1, 9))
         # float32: the same products summed in another order, over up to 2048 terms of order 1.
         assert error <= tolerance, f"packing moved {dtype} logits by {error:.1e}"
-        count = sum(isinstance(module, PackedLinear) for module in packed.modules())
+        count = sum(getattr(module, "packed", False) for module in packed.modules())
         with pytest.raises(ValueError, match="prepared for decoding"):
             packed.save_pretrained("nowhere")
         assert count == (9 if dtype == torch.float32 else 0), f"{count} matrices packed"
+
+
+@pytest.mark.parametrize("size", [48, 5000])    # the longer one is stored on its way
+def test_one_row_as_sums_is_norm_and_product(size):
+    generator = torch.Generator().manual_seed(0)
+    norm, matrices = RMSNorm(size, 1e-2).double(), [Linear(size, n).double() for n in (7, 3)]
+    for parameter in (norm.weight, *(matrix.weight for matrix in matrices)):
+        torch.nn.init.normal_(parameter, generator=generator)
+    x = torch.randn(1, 1, size, dtype=torch.float64, generator=generator)
+    for rows in (FewRowsLinear(*matrices), FewRowsLinear(*matrices, norm=norm)):
+        wanted = torch.cat([matrix(norm(x) if rows.norm else x) for matrix in matrices], -1)
+        assert off(rows(x), wanted) < EXACT, "the product with the matrices side by side"
+        assert off(rows.one_row(x.flatten()), wanted.flatten()) < EXACT, "as sums"

@@ -54,12 +54,14 @@ BUGS = {
         "depend_on_the_seed", ("torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, "
                                "keepdim=True), 1.0)", "logits.softmax(-1)")),
     "EOS is looked for in the last token alone": (
-        "eos_anywhere", ("if eos_id in tokens:", "if eos_id == tokens[-1]:")),
+        "eos_anywhere", ("if token == eos_id or", "if token == eos_id == bonus or")),
     "token id 0 is taken for no token": (
-        "token_0", ("if eos_id in tokens:", "if eos_id and eos_id in tokens:")),
+        "token_0", ("if token == eos_id or", "if token and token == eos_id or")),
+    "a stop string is looked for once a round": (
+        "stop_function", ("(stop and stop(new[b]))", "(stop and token == bonus and stop(new[b]))")),
     "the last round emits all that it accepted": (
         "exactly_max_new_tokens",
-        ("(drafted[:n] + [bonus])[:limit[b] - len(new[b])]", "drafted[:n] + [bonus]")),
+        ("(drafted[:n] + [bonus])[:limit[b] - len(new[b])]", "(drafted[:n] + [bonus])")),
     "all rows advance as the luckiest": (
         "without_a_cache", ("position += step - (G + 1)", "position += step.max() - (G + 1)")),
     "short prompts are read with their padding": (
@@ -73,7 +75,7 @@ BUGS = {
          "            n -= ((tokens.gather(1, n[:, None])[:, 0] == 0) & (n > 0)).long()\n"
          "        overlap = torch.minimum(")),
     "the benchmark counts the prompt": (
-        "benchmark_counts", ("2:], len(tokens))", "2:], len(tokens) + len(prompts[b]))")),
+        "benchmark_counts", ("2:], len(emitted))", "2:], len(emitted) + len(prompts[b]))")),
 }
 
 

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, prepare_for_decoding
 from speculative import (MAX_AUTO_GAMMA, Decoder, DraftLength, Stats, complete, expected_tokens,
                          generate, main, sample, verify, warp)
 
@@ -224,10 +224,15 @@ def test_eos_anywhere_in_a_round_ends_its_row_alone(target, draft):
             assert got == want, f"EOS {eos} with gamma {gamma} did not end the right rows"
 
 
-def test_a_stop_function_ends_its_row_alone(target, draft):
-    rows = complete(target, PROMPTS[:2], 30, draft=draft, gamma=3,
-                    stop=lambda tokens: len(tokens) >= 7)
-    assert all(7 <= len(row) <= 10 for row in rows)
+def test_a_stop_function_ends_its_row_alone_with_the_first_token_that_it_is_true_of(target, draft):
+    free = complete(target, PROMPTS, 30)
+    for last in range(1, 9):
+        pair = free[0][last - 1:last + 1]
+        want = [next((row[:i] for i in range(2, 31) if row[i - 2:i] == pair), row) for row in free]
+        for gamma in (2, 5):
+            got = complete(target, PROMPTS, 30, draft=draft, gamma=gamma,
+                           stop=lambda tokens: tokens[-2:] == pair)
+            assert got == want, f"with gamma {gamma}, rows do not end behind the tokens {pair}"
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 7])
@@ -309,10 +314,10 @@ def test_auto_gamma_finds_the_best_speed_in_spite_of_a_slow_round(alpha, base, s
 
 # ------------------------------------------------------------------------------ the fast path
 
-def fast_and_eager(device: str) -> None:
-    target = random_model(SMALL, 1).float().to(device)
-    draft = random_model(SMALL, 2, like=target.cpu().double(), noise=0.08).float().to(device)
-    target = target.to(device)
+def fast_and_eager(device: str, dtype: torch.dtype) -> None:
+    plain = random_model(SMALL, 1)
+    near = random_model(SMALL, 2, like=plain, noise=0.08)
+    target, draft = (prepare_for_decoding(model.to(device, dtype)) for model in (plain, near))
     for temperature in (0.0, 1.0):
         for helper, gamma in ((None, 0), (draft, 3)):
             texts = []
@@ -327,12 +332,12 @@ def fast_and_eager(device: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_give_the_tokens_of_the_eager_path_from_the_same_uniforms():
-    fast_and_eager("cuda")
+    fast_and_eager("cuda", torch.float32)
 
 
 @pytest.mark.slow
 def test_compiled_steps_give_the_tokens_of_the_eager_path_on_a_cpu():
-    fast_and_eager("cpu")
+    fast_and_eager("cpu", torch.float64)       # float32 would be packed, which is not compiled
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -384,7 +389,7 @@ def test_the_command_streams_a_prompt_and_writes_its_figures(folders, capsys, tm
     (("--prompt", "x" * 99), "shorten the prompt"), (("--max-new-tokens", "0"), "max_new_tokens"),
     (("--top-p", "2"), "top_p"), (("--temperature", "nan"), "temperature nan"),
     (("--device", "meta"), "meta"), (("--bogus",), "--bogus"), (("--seed", "one"), "--seed"),
-    (("--prompt-file", "nowhere"), "nowhere")])
+    (("--prompt-file", "nowhere"), "nowhere"), (("--graphs",), "graphs are for a GPU")])
 def test_a_mistake_is_one_sentence_and_exit_code_2(folders, capsys, flags, words):
     flags = [str(folders / f) if (folders / f).is_dir() and not f.startswith("-") else f
              for f in flags]
