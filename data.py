@@ -136,10 +136,11 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        return b"".join([self.pieces[token] for token in tokens])
+        """What the tokens add to a text; nothing for ids with which a model's table was padded."""
+        return b"".join([self.pieces[token] for token in tokens if token < len(self.pieces)])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
+        """A whole text; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     @functools.cached_property
@@ -328,10 +329,10 @@ class SentencePiece(Tokenizer):
                 ids += itertools.chain.from_iterable(map(self.ids.__getitem__, ranks))
         return ids
 
-    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The text's bytes, without the space that encode puts in front."""
-        tokens = [token for token in tokens if self.pieces[token]]
-        text = super().decode_bytes(tokens)
+    def decode(self, tokens: Iterable[int]) -> str:
+        """A whole text, without the space that encode puts in front."""
+        tokens = [token for token in tokens if self.decode_bytes([token])]
+        text = super().decode(tokens)
         return text[1:] if tokens and self.vocabulary[tokens[0]][0].startswith(SPACE) else text
 
     def files(self) -> dict[str, bytes]:

@@ -163,6 +163,9 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Causal self-attention of x (B, T, C). With a cache, `past` is its keys and values (B, S, K, D),
+    where the new ones go in them (an index of rows and one of places) and the mask (B, 1, T, S)."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.D = config.head_dim
@@ -173,7 +176,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(C, C)
         self.fused = None           # q, k and v in one product: see prepare_for_decoding
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (self.fused(x).split(self.fused.sizes, -1) if self.fused else
                    (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
@@ -189,8 +192,7 @@ class Attention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)                         # (B, K, S, D)
         if (mask is None and T <= 512 and x.device.type == "cpu" and q.dtype == torch.bfloat16
                 and torch.is_grad_enabled()):
-            # PyTorch's kernel for a CPU is slow in the backward pass: the row `plain` has it in
-            # benchmarks/training.py --eager.
+            # The backward pass of PyTorch's kernel for a CPU takes two to six times as long.
             unseen = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
             y = attention_formula(q, k, v, unseen)                          # (B, H, T, D)
         else:
@@ -300,10 +302,10 @@ class Transformer(nn.Module):
         positions = torch.arange(tokens.shape[1], device=x.device)[None]    # (1, T)
         if cache is None:
             return x, *rope(positions, self.config, x.dtype), None, None
-        # A draft reads its last two tokens, a one-token prompt has none before the last: it
-        # starts at -1, and the clamp writes the same key twice into slot 0.
+        # A position may be -1 (speculative.py, after a prompt of one token, which it feeds twice):
+        # the token lands in place 0 both times.
         positions = (cache.position[:, None] + positions).clamp(min=0)      # (B, T)
-        slots = torch.arange(len(tokens), device=x.device)[:, None], positions
+        slots = torch.arange(len(tokens), device=x.device)[:, None], positions  # (B, 1) and (B, T)
         seen = (cache.places <= positions[..., None])[:, None]              # (B, 1, T, S)
         mask = x.new_zeros(()).where(seen, float("-inf"))
         return x, cache.cos[positions][:, None], cache.sin[positions][:, None], slots, mask
@@ -599,7 +601,9 @@ class FewRowsLinear(nn.Module):
         """(in,) -> (out,), each output a sum over `in`, as the mean in its norm is one. Sums over
         the same index compile into one kernel, which reads W at the memory's speed; that each
         output sums the squares anew takes less time than launching a kernel of their own."""
-        if len(x) > 4096:       # has the compiler store x, which it would compute for each output
+        if len(x) > 4096:
+            # Has the compiler store x, a SwiGLU's product say, instead of computing it for every
+            # output. It pays for CodeLlama's 11008 inputs, and does not for AMD-135M's 2048.
             x = x.as_strided(x.shape, x.stride())
         wide, scale = x.to(torch.promote_types(x.dtype, torch.float32)), 1.0
         if self.norm:
@@ -614,11 +618,13 @@ def prepare_for_decoding(model: Transformer) -> Transformer:
     but neither trains nor saves any more."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
+        if attention.fused:
+            return model                    # it was prepared before
         attention.fused = FewRowsLinear(attention.q_proj, attention.k_proj, attention.v_proj,
                                         norm=layer.input_layernorm)
         mlp.fused = FewRowsLinear(mlp.gate_proj, mlp.up_proj, norm=layer.post_attention_layernorm)
         del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
-        layer.input_layernorm = layer.post_attention_layernorm = nn.Identity()
+        layer.input_layernorm = layer.post_attention_layernorm = nn.Identity()     # now in fused
         attention.o_proj = FewRowsLinear(attention.o_proj)
         mlp.down_proj = FewRowsLinear(mlp.down_proj)
     model.lm_head = FewRowsLinear(model.lm_head)

@@ -18,6 +18,7 @@ probability of acceptance. B, T, S, V as in model.py. u are uniform random numbe
 Try it:  python speculative.py        (after `python train.py`; decodes plainly and speculatively)
 """
 import argparse
+import codecs
 import json
 import re
 import statistics
@@ -47,7 +48,9 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # no overflow near 0
+    # Differences are divided, not logits, and by a number that float32 holds: no overflow near 0.
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))        # ties with it are kept
@@ -152,6 +155,13 @@ def expected_tokens(alpha: float, gamma: int) -> float:
     return sum(alpha**i for i in range(gamma + 1))
 
 
+def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: float) -> float:
+    """From the costs of drafting a token and of verifying gamma + 1, in steps of plain decoding
+    (Leviathan, Theorem 3.8, where a verification costs one step). Reading the prompt, which takes
+    both ways as long, is not in it."""
+    return expected_tokens(alpha, gamma) / (gamma * draft_cost + verify_cost)
+
+
 # --------------------------------------------------------------------------------- the draft length
 
 MAX_AUTO_GAMMA = 12
@@ -200,7 +210,8 @@ class DraftLength:
 @dataclass
 class Round:
     """What a round gave each row. A row that had ended has nothing in any of the three."""
-    tokens: list[list[int]]         # new tokens: accepted drafts, then one of the target's own
+    tokens: list[list[int]]         # accepted drafts, then one token of the target's own, but
+                                    # nothing after what ended the row (EOS, say)
     accepted: list[int]             # how many of `tokens` are drafts
     drafted: list[list[int]]        # all drafts, kept or not
 
@@ -238,13 +249,15 @@ class Decoder:
         if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected "
                              "temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1")
-        if draft is not None and gamma != "auto" and gamma < 1:
-            raise ValueError(f"gamma is {gamma}: expected 1 drafted token a round or more, or auto")
+        context = target.config.max_position_embeddings
+        if draft is not None and gamma != "auto" and not (
+                isinstance(gamma, int) and 1 <= gamma <= context):
+            raise ValueError(f"gamma is {gamma!r}: expected 1 drafted token a round to {context} "
+                             "(the target's context), or auto")
         self.target, self.draft = target, draft
         self.auto = DraftLength() if draft is not None and gamma == "auto" else None
         self.gamma = 0 if draft is None else MAX_AUTO_GAMMA if gamma == "auto" else gamma
         self.warp = lambda logits: warp(logits, temperature, top_k, top_p)
-        context = target.config.max_position_embeddings
         self.length = min(length or context, context)
         self.models = [target] if draft is None else [target, draft]
         # gamma + 1 more places than tokens: a last round may draft beyond the end.
@@ -254,6 +267,7 @@ class Decoder:
         device = target.device
         self.tail = torch.zeros(batch, 2, dtype=torch.int64, device=device)     # last two tokens
         self.active = torch.ones(batch, dtype=torch.int64, device=device)       # 0: row has ended
+        # (B, 2G+1): G to draw drafts with, G to accept them with, one for the target's own token.
         self.u = torch.zeros(batch, 2 * self.gamma + 1, dtype=torch.float64, device=device)
         self.graphs = {} if graphs and device.type == "cuda" else None      # by draft length
         if graphs:
@@ -280,8 +294,9 @@ class Decoder:
             cache.position.copy_(lengths - back)        # the padding behind it is now unseen
 
     def pick(self, logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        q = self.warp(logits)                                                   # (B, V)
-        return q, sample(q, u)                                                  # and (B,)
+        """logits (B, V), u (B,) -> the distribution (B, V) and the token (B,) drawn from it."""
+        q = self.warp(logits)
+        return q, sample(q, u)
 
     def propose(self, G: int) -> tuple[Tensor, Tensor]:
         """Draft G tokens: drafted (B, G) and the q (B, G, V) that each was drawn from."""
@@ -307,10 +322,10 @@ class Decoder:
         p = self.warp(logits)                                                   # (B, G+1, V)
         tokens, n = verify(p, q, drafted, self.u[:, G:2 * G + 1])
         overlap = torch.minimum(p[:, :G, :q.shape[-1]], q).sum(-1)              # (B, G)
-        step = (n + 1) * self.active
-        self.caches[0].position += step - (G + 1)
+        step = (n + 1) * self.active            # tokens that a row gains
+        self.caches[0].position += step - (G + 1)       # the pass has moved every row by G + 1
         self.caches[1].position.copy_(self.caches[0].position - 1)
-        self.tail.copy_(torch.cat((self.tail, tokens), 1).gather(
+        self.tail.copy_(torch.cat((self.tail, tokens), 1).gather(       # (B, 2 + G+1) -> (B, 2)
             1, step[:, None] + torch.arange(2, device=step.device)))
         bonus = tokens.gather(1, n[:, None])
         return torch.cat((drafted, bonus, n[:, None], overlap.double()), 1)
@@ -387,9 +402,12 @@ class Decoder:
         EOS is emitted. A row also ends with the first token after which stop(its new tokens) is
         true. Row b draws from a random stream of its own, seeded by seed + b: it is what it would
         have been alone (but not with gamma "auto": there the clock has a say in draft lengths).
+        One run at a time: a new one takes over what the Decoder holds.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
+        if not 0 <= seed < 2**63 - len(prompts):
+            raise ValueError(f"the seed is {seed}: expected 0 or more, and less than 2^63")
         room = [self.length - len(prompt) for prompt in prompts]
         if len(prompts) != len(self.tail) or not all(prompts) or min(room, default=0) < 1:
             raise ValueError(
@@ -403,45 +421,47 @@ class Decoder:
         stats = stats if stats is not None else Stats()
         generators = [torch.Generator().manual_seed(seed + b) for b in range(len(prompts))]
         new = [[] for _ in prompts]
-        limit = [min(max_new_tokens, space) for space in room]      # 0: the row has ended
+        left = [min(max_new_tokens, space) for space in room]       # 0: the row has ended
         began = time.perf_counter()
         self.start(prompts)
-        while any(limit):
+        if self.auto:
+            synchronize(self.tail.device)       # lest the first round's time holds the prompt's
+        while any(left):
             G = self.auto.choose() if self.auto else self.gamma
+            self.u[:, :2 * G + 1] = torch.stack([
+                torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators])
             round_began = time.perf_counter()
             if self.graphs is not None and G not in self.graphs:
                 self.record(G)
                 began += time.perf_counter() - round_began      # start-up is not decoding
                 round_began = time.perf_counter()
-            self.u[:, :2 * G + 1] = torch.stack([
-                torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators])
-            result = self.round(G)
-            done = Round([[] for _ in prompts], [0] * len(prompts), [[] for _ in prompts])
-            overlaps, rows = [], result.tolist()        # the one synchronisation of a round
+            rows = self.round(G).tolist()       # the one synchronisation of a round
             round_took = time.perf_counter() - round_began
+            given = Round([[] for _ in prompts], [0] * len(prompts), [[] for _ in prompts])
+            overlaps = []
             for b, row in enumerate(rows):
-                if not limit[b]:
+                if not left[b]:
                     continue
                 drafted, bonus, n = [int(t) for t in row[:G]], int(row[G]), int(row[G + 1])
-                emitted = done.tokens[b]
-                for token in (drafted[:n] + [bonus])[:limit[b] - len(new[b])]:
-                    emitted.append(token)
+                for token in (drafted[:n] + [bonus])[:left[b]]:
+                    given.tokens[b].append(token)
                     new[b].append(token)
+                    left[b] -= 1
                     if token == eos_id or (stop and stop(new[b])):
-                        limit[b] = len(new[b])
+                        left[b] = 0
                         break
-                done.drafted[b], done.accepted[b] = drafted, min(n, len(emitted))
-                stats.count(G, n, row[G + 2:], len(emitted))
+                emitted = len(given.tokens[b])
+                given.drafted[b], given.accepted[b] = drafted, min(n, emitted)
+                stats.count(G, n, row[G + 2:], emitted)
                 overlaps += row[G + 2:][:n + 1]
-                if len(new[b]) == limit[b]:
-                    limit[b] = 0
+                if not left[b]:
                     self.active[b] = 0
                     for cache in self.caches:
                         cache.position[b] = 0           # the row idles where there is room
             if self.auto:
                 self.auto.learn(G, round_took, overlaps)
             stats.seconds += time.perf_counter() - began
-            yield done
+            yield given
             began = time.perf_counter()     # what the caller did meanwhile is not decoding
 
 
@@ -527,14 +547,11 @@ def compare(target: Transformer, draft: Transformer, prompts: list[list[int]], m
         "tokens_per_round": fast.tokens_per_round, "gamma": gamma,
         "mean_gamma": fast.drafted / fast.rounds, "prompts": len(prompts), "tokens": fast.emitted,
         "greedy_match": texts[0] == texts[1] if not sampling.get("temperature") else None}
-    # What the formula makes of the measured acceptance and costs (Leviathan, Theorem 3.8, which
-    # takes a verification to cost as much as one token; here its measured cost counts). Reading
-    # the prompt, which takes both ways some steps' time, is not in it.
     G = round(figures["mean_gamma"])
     one, draft_step, verification = step_costs(*decoders, prompts[0], G)
-    return figures | {
-        "draft_cost": draft_step / one, "verify_cost": verification / one, "predicted_speedup":
-        expected_tokens(fast.alpha_overlap, G) * one / (G * draft_step + verification)}
+    costs = {"draft_cost": draft_step / one, "verify_cost": verification / one}
+    return figures | costs | {
+        "predicted_speedup": predicted_speedup(fast.alpha_overlap, G, *costs.values())}
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -552,18 +569,21 @@ def load_pair(target: str, draft: str, device: torch.device, dtype: torch.dtype)
     """(target, draft, tokenizer); the draft must know the target's first tokens by the same ids."""
     model, tokenizer = load(target, device, dtype)
     helper, other = load(draft, device, dtype)
-    if any(tokenizer.decode_bytes([i]) != other.decode_bytes([i])
-           for i in range(min(tokenizer.n_vocab, other.n_vocab))):
+    if any(a != b for a, b in zip(tokenizer.pieces, other.pieces)):
         raise ValueError(f"{draft} speaks another vocabulary than {target}: a draft must have the "
                          "target's tokenizer (it may lack some of the last entries)")
     return model, helper, tokenizer
 
 
-def held_out_prompts(folder: Path, count: int, length: int) -> list[list[int]]:
+def held_out_prompts(folder: Path, tokenizer: Tokenizer, count: int,
+                     length: int) -> list[list[int]]:
     """Prompts of at most `length` tokens that end with the head of a function, each from another
     held-out file of a data set's source "code": the function's body is left to be written."""
-    corpus, prompts = Corpus(folder, "val"), []
-    tokenizer, tokens = corpus.tokenizer, corpus.tokens("code")[:2**20]
+    corpus, prompts = Corpus(folder, "val", ["code"]), []
+    if corpus.tokenizer.sha256 != tokenizer.sha256:
+        raise ValueError(f"{folder} was prepared with another tokenizer than the checkpoint has: "
+                         "give --prompt, or --data of the checkpoint's own")
+    tokens = corpus.tokens("code")[:2**20]
     ends = (tokens == tokenizer.eos_id).nonzero()[0]            # documents are closed by EOS
     for start, end in zip([0, *(ends + 1)], ends):
         document = tokens[start:end].tolist()
@@ -580,33 +600,33 @@ def held_out_prompts(folder: Path, count: int, length: int) -> list[list[int]]:
 
 
 class Display:
-    """Prints rounds as text while they come, accepted drafts green on a terminal.
-
-    Only whole characters are printed: a token may end in the middle of a UTF-8 sequence.
+    """Prints the first row of rounds as text while they come, accepted drafts green on a terminal.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], verbose: bool = False):
-        self.tokenizer, self.tokens, self.verbose = tokenizer, list(prompt), verbose
-        self.printed = tokenizer.decode(prompt)
-        self.colour = sys.stdout.isatty()
+    def __init__(self, tokenizer: Tokenizer, verbose: bool = False):
+        self.tokenizer, self.verbose, self.colour = tokenizer, verbose, sys.stdout.isatty()
+        # A token may end in the middle of a UTF-8 sequence: its bytes wait for the rest.
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def begin(self, title: str) -> None:
+        """Print a title, and before it what the text so far kept back."""
+        print(self.decode(b"", final=True) + title, flush=True)
 
     def write(self, tokens: list[int], green: bool = False) -> None:
-        self.tokens += tokens
-        text = self.tokenizer.decode(self.tokens)
-        if not text.endswith("\ufffd"):
-            new, self.printed = text[len(self.printed):], text
-            print(f"\033[32m{new}\033[0m" if green and self.colour and new else new,
-                  end="", flush=True)
+        text = self.decode(self.tokenizer.decode_bytes(tokens))
+        print(f"\033[32m{text}\033[0m" if green and self.colour and text else text, end="",
+              flush=True)
 
-    def show(self, done: Round) -> None:
-        n = done.accepted[0]
+    def show(self, given: Round) -> None:
+        n, tokens, drafted = given.accepted[0], given.tokens[0], given.drafted[0]
         if self.verbose:
-            pieces = [self.tokenizer.decode([t]) for t in done.drafted[0]]
-            print(f"accepted {pieces[:n]} rejected {pieces[n:]} then "
-                  f"{self.tokenizer.decode(done.tokens[0][n:])!r}")
-            return
-        self.write(done.tokens[0][:n], green=True)
-        self.write(done.tokens[0][n:])
+            accepted, rejected, own = (
+                [self.tokenizer.decode_bytes([token]).decode(errors="replace") for token in part]
+                for part in (tokens[:n], drafted[n:] if len(tokens) > n else [], tokens[n:]))
+            print(f"accepted {accepted} rejected {rejected} then {own}")
+        else:
+            self.write(tokens[:n], green=True)
+            self.write(tokens[n:])
 
 
 def print_table(title: str, figures: dict) -> None:
@@ -616,10 +636,11 @@ def print_table(title: str, figures: dict) -> None:
             ("speculative decoding", f"{f['speculative_tokens_per_s']:.1f} tokens/s"),
             ("speed-up", f"{f['speedup']:.2f}x (predicted {f['predicted_speedup']:.2f}x: a draft "
                          f"costs {f['draft_cost']:.3f}, verifying {f['verify_cost']:.2f} steps)"),
-            ("accepted / drafted", f"{f['accepted_per_drafted']:.3f} with gamma {f['gamma']}"),
+            ("accepted / drafted", f"{f['accepted_per_drafted']:.3f} with gamma {f['gamma']}" + (
+                f" (mean {f['mean_gamma']:.1f})" if f["gamma"] == "auto" else "")),
             ("alpha (accepted / tested)", f"{f['alpha']:.3f}; by sum min(p, q) "
                                           f"{f['alpha_overlap']:.3f}"),
-            ("acceptance by position", " ".join(
+            ("acceptance by position", ", ".join(
                 f"{a / t:.2f} of {t}" for a, t in zip(f["accepted_at"], f["tested_at"]) if t)),
             ("tokens a round", f"{f['tokens_per_round']:.2f}"),
             ("outputs", agree)]
@@ -635,8 +656,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--target", default="out/demo-target", help="checkpoint folder (default: %(default)s)")
     add("--draft", default="out/demo-draft", help="checkpoint folder (default: %(default)s)")
     add("--data", default="out/data-demo", help="data set whose held-out files give the prompts")
-    add("--prompt", help="text to continue (default: 16 functions of held-out files)")
-    add("--prompt-file", help="file with the text to continue")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--prompt", help="text to continue (default: 16 functions of held-out files)")
+    texts.add_argument("--prompt-file", help="file with the text to continue")
     add("--max-new-tokens", type=int, default=64)
     add("--gamma", default="4", help="drafted tokens a round, or auto (default: %(default)s)")
     add("--temperature", type=float, help="default: greedy, and 0.8 beside it without --prompt")
@@ -660,26 +682,29 @@ def run(args: argparse.Namespace) -> None:
     if args.gamma != "auto" and not args.gamma.isdecimal():
         raise ValueError(f"--gamma is {args.gamma!r}: expected a number or auto")
     gamma = args.gamma if args.gamma == "auto" else int(args.gamma)
+    if "" in (args.stop or ()):
+        raise ValueError("--stop is empty, which every text contains: give a string to stop at")
     device = resolve_device(args.device)
     target, draft, tokenizer = load_pair(args.target, args.draft, device,
                                          getattr(torch, args.dtype))
     text = Path(args.prompt_file).read_text() if args.prompt_file else args.prompt
-    prompts = (held_out_prompts(Path(args.data), 16, 64) if text is None
+    prompts = (held_out_prompts(Path(args.data), tokenizer, 16, 64) if text is None
                else [tokenizer.encode(text)])
     if text is not None and target.config.bos_token_id is not None:
         prompts[0].insert(0, target.config.bos_token_id)
-    stop = args.stop and (lambda new: any(s in tokenizer.decode(new) for s in args.stop))
+    stop = args.stop and (lambda new: any(
+        string.encode() in tokenizer.decode_bytes(new) for string in args.stop))
+    results, display = {}, Display(tokenizer, args.verbose)
+    titles = [f"prompt: {tokenizer.decode(prompts[0])}\n\n--- plain decoding",
+              "\n--- speculative decoding"]
 
-    results, displays = {}, {}
-
-    def watch(side: int, i: int, done: Round) -> None:
+    def watch(side: int, i: int, given: Round) -> None:
         """Stream the first prompt's text, once from each side."""
         if i == 0 and not results:
-            if side not in displays:
-                print("" if displays else f"prompt: {tokenizer.decode(prompts[0])}", end="")
-                print(f"\n\n--- {('plain', 'speculative')[side]} decoding")
-                displays[side] = Display(tokenizer, prompts[0], args.verbose)
-            displays[side].show(done)
+            if titles[side]:
+                display.begin(titles[side])
+                titles[side] = ""
+            display.show(given)
 
     temperatures = [args.temperature] if args.temperature is not None else (
         [0.0] if text is not None else [0.0, 0.8])
@@ -687,7 +712,11 @@ def run(args: argparse.Namespace) -> None:
         figures = compare(target, draft, prompts, args.max_new_tokens, gamma, tokenizer.eos_id,
                           args.seed, args.graphs, stop, watch, temperature=temperature,
                           top_k=args.top_k, top_p=args.top_p)
+        figures |= {"temperature": temperature, "top_k": args.top_k, "top_p": args.top_p,
+                    "seed": args.seed, "dtype": args.dtype, "device": str(device)}
         mode = "greedy" if temperature == 0 else f"temperature {temperature}"
+        if not results:
+            display.begin("")
         print_table(f"{mode}, {args.dtype}, {device}", figures)
         if results:
             results["sampled"] = figures

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import load_tokenizer
 from model import PRESETS, Transformer, prepare_for_decoding, resolve_device
-from speculative import Decoder, Stats, expected_tokens, held_out_prompts, step_costs
+from speculative import Decoder, Stats, held_out_prompts, predicted_speedup, step_costs
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -101,12 +102,15 @@ def run(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(256, (args.prompts, 64), generator=generator).tolist()
     else:
-        prompts = held_out_prompts(Path(args.data), args.prompts, 64)
+        prompts = held_out_prompts(Path(args.data), load_tokenizer(args.target), args.prompts, 64)
+    length, context = max(map(len, prompts)) + new, target.config.max_position_embeddings
+    if length > context:
+        raise ValueError(f"prompts of up to {length - new} tokens and --max-new-tokens {new} do not "
+                         f"fit into the target's context of {context}: ask for fewer")
     others = [peer(model, target.config.vocab_size) for model in (target, draft) if args.peers]
     prepare_for_decoding(target)
     prepare_for_decoding(draft)
 
-    length = max(map(len, prompts)) + new
     decoders = {"plain": Decoder(target, length=length, graphs=args.graphs),
                 "speculative": Decoder(target, draft, G, length=length, graphs=args.graphs)}
     stats = {name: Stats() for name in decoders}
@@ -136,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
         same = sum(map(list.__eq__, texts[name][1:], texts["plain"][1:]))
         print(f"| {name} | {rate:.1f} | {rate / rates['plain']:.2f} | {same} of {len(prompts)} |")
     one, step, check = step_costs(decoders["plain"], decoders["speculative"], prompts[0], G)
-    predicted = expected_tokens(fast.alpha_overlap, G) * one / (G * step + check)
+    predicted = predicted_speedup(fast.alpha_overlap, G, step / one, check / one)
     print(f"\ntarget, one token {1e3 * one:.2f} ms; draft, one token {1e3 * step:.3f} ms (c = "
           f"{step / one:.3f}); verifying {G + 1} tokens {1e3 * check:.2f} ms (t({G + 1})/t(1) = "
           f"{check / one:.2f}); a round {1e3 * (G * step + check):.2f} ms\naccepted/drafted "

@@ -60,8 +60,7 @@ BUGS = {
     "a stop string is looked for once a round": (
         "stop_function", ("(stop and stop(new[b]))", "(stop and token == bonus and stop(new[b]))")),
     "the last round emits all that it accepted": (
-        "exactly_max_new_tokens",
-        ("(drafted[:n] + [bonus])[:limit[b] - len(new[b])]", "(drafted[:n] + [bonus])")),
+        "exactly_max_new_tokens", ("(drafted[:n] + [bonus])[:left[b]]", "(drafted[:n] + [bonus])")),
     "all rows advance as the luckiest": (
         "without_a_cache", ("position += step - (G + 1)", "position += step.max() - (G + 1)")),
     "short prompts are read with their padding": (
@@ -75,7 +74,7 @@ BUGS = {
          "            n -= ((tokens.gather(1, n[:, None])[:, 0] == 0) & (n > 0)).long()\n"
          "        overlap = torch.minimum(")),
     "the benchmark counts the prompt": (
-        "benchmark_counts", ("2:], len(emitted))", "2:], len(emitted) + len(prompts[b]))")),
+        "benchmark_counts", ("2:], emitted)", "2:], emitted + len(prompts[b]))")),
 }
 
 

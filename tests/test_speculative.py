@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from model import ModelConfig, Transformer, prepare_for_decoding
-from speculative import (MAX_AUTO_GAMMA, Decoder, DraftLength, Stats, complete, expected_tokens,
-                         generate, main, sample, verify, warp)
+from speculative import (MAX_AUTO_GAMMA, Decoder, DraftLength, Stats, Display, Round, complete,
+                         expected_tokens, generate, held_out_prompts, main, predicted_speedup,
+                         sample, verify, warp)
 
 SMALL = ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -290,9 +291,12 @@ def test_statistics_follow_their_definitions():
     assert stats.tested_at == [3, 2, 2, 1] and stats.accepted_at == [2, 2, 1, 1]
 
 
-def test_expected_tokens_is_the_papers_formula():
+def test_expected_tokens_and_speedup_are_the_papers_formulas():
     for alpha in (0.0, 0.3, 0.9, 1.0):
-        assert expected_tokens(alpha, 5) == pytest.approx(oracle.expected_tokens(alpha, 5))
+        want = oracle.expected_tokens(alpha, 5)
+        assert expected_tokens(alpha, 5) == pytest.approx(want)
+        assert predicted_speedup(alpha, 5, 0.1, 1.0) == pytest.approx(want / (5 * 0.1 + 1)), (
+            "Theorem 3.8: where verifying costs one step, the cost of a round is G c + 1")
 
 
 @pytest.mark.parametrize("slow_round", [0, 15, 20])
@@ -318,16 +322,17 @@ def fast_and_eager(device: str, dtype: torch.dtype) -> None:
     plain = random_model(SMALL, 1)
     near = random_model(SMALL, 2, like=plain, noise=0.08)
     target, draft = (prepare_for_decoding(model.to(device, dtype)) for model in (plain, near))
-    for temperature in (0.0, 1.0):
-        for helper, gamma in ((None, 0), (draft, 3)):
-            texts = []
-            for graphs in (False, True):
+    texts = {}
+    for graphs in (False, True):        # in this order: compiling changes a model for good
+        for temperature in (0.0, 1.0):
+            for helper, gamma in ((None, 0), (draft, 3)):
                 decoder = Decoder(target, helper, gamma, temperature, length=50, graphs=graphs)
-                assert (decoder.graphs is not None) == (graphs and device == "cuda")
                 rounds = list(decoder.generate([PROMPTS[0]], 20, seed=3))
-                assert not (graphs and device == "cuda" and decoder.graphs is None), "fell back"
-                texts.append([t for done in rounds for t in done.tokens[0]])
-            assert texts[0] == texts[1], f"the fast path gives other tokens at {temperature}"
+                assert target.compiled == graphs
+                assert (decoder.graphs is not None) == (graphs and device == "cuda"), "fell back"
+                text = [token for given in rounds for token in given.tokens[0]]
+                assert text == texts.setdefault((temperature, gamma), text), (
+                    f"the fast path gives other tokens at temperature {temperature}, gamma {gamma}")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -382,6 +387,57 @@ def test_the_command_streams_a_prompt_and_writes_its_figures(folders, capsys, tm
                     "auto", "--verbose", "--temperature", 0.7)[0] == 0
 
 
+def test_text_is_shown_in_whole_characters_and_nothing_of_it_is_lost(capsys):
+    tokenizer = data.train_bpe(["abc"], 257)
+    display = Display(tokenizer)
+    smile = "\N{SLIGHTLY SMILING FACE}"
+    first, *rest = smile.encode()
+    shown = []
+    for tokens, accepted in (([97, first], 2), ([*rest, 98], 1), ([first], 0)):
+        display.show(Round([tokens], [accepted], [tokens]))
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a", smile + "b", ""], "half a character waits for its other half"
+    display.begin("title")
+    assert capsys.readouterr().out == "\ufffdtitle\n", "what never became whole is shown at last"
+
+
+def test_verbose_rounds_call_rejected_only_what_was_rejected(capsys):
+    display = Display(data.train_bpe(["abc"], 257), verbose=True)
+    for tokens, accepted, words in (
+            (b"abx", 2, "accepted ['a', 'b'] rejected ['c'] then ['x']"),
+            (b"ab", 2, "accepted ['a', 'b'] rejected [] then []")):      # ended before c's turn
+        display.show(Round([list(tokens)], [accepted], [list(b"abc")]))
+        assert capsys.readouterr().out == words + "\n"
+
+
+def test_a_stop_string_ends_both_texts_behind_the_same_token(folders, capsys, tmp_path):
+    def shown(*more) -> str:
+        code, out, err = run_main(folders, capsys, "--prompt", "def f", "--max-new-tokens", 40,
+                                  "--json", tmp_path / "figures.json", *more)
+        assert code == 0, err
+        return out.split("plain decoding\n")[1].partition("\n--- speculative")[0]
+
+    free = shown()
+    text = shown("--stop", free[1:3])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["accepted_per_drafted"] > 0, "no round had more than one token to stop at"
+    assert free[1:3] in text and free.startswith(text) and figures["tokens"] < 40
+    assert figures["greedy_match"] is True, "a round went on behind the stop string"
+
+
+def test_held_out_prompts_end_with_a_functions_head(tmp_path):
+    text = "import os\n\ndef read(path):\n    return open(path).read()\n"
+    for i in range(40):
+        (tmp_path / f"{i}.py").write_text(f"# {i}\n" + text)
+    tokenizer = data.train_bpe([text], 280)
+    data.prepare([f"code={tmp_path}"], tokenizer, tmp_path / "out", val_fraction=0.5)
+    for prompt in held_out_prompts(tmp_path / "out", tokenizer, 5, 64):
+        head = tokenizer.decode(prompt).rstrip(" ")     # ":" and what follows it may be one token
+        assert head.endswith("def read(path):\n"), f"{head!r} is no function's head"
+    with pytest.raises(ValueError, match="another tokenizer"):
+        held_out_prompts(tmp_path / "out", data.train_bpe(["zebra"], 260), 5, 64)
+
+
 @pytest.mark.parametrize("flags, words", [
     (("--target", "nowhere"), "nowhere"), (("--draft", "stranger"), "another vocabulary"),
     (("--target", "small"), "270 entries"), (("--device", "quantum"), "quantum"),
@@ -389,9 +445,11 @@ def test_the_command_streams_a_prompt_and_writes_its_figures(folders, capsys, tm
     (("--prompt", "x" * 99), "shorten the prompt"), (("--max-new-tokens", "0"), "max_new_tokens"),
     (("--top-p", "2"), "top_p"), (("--temperature", "nan"), "temperature nan"),
     (("--device", "meta"), "meta"), (("--bogus",), "--bogus"), (("--seed", "one"), "--seed"),
-    (("--prompt-file", "nowhere"), "nowhere"), (("--graphs",), "graphs are for a GPU")])
+    (("--prompt-file", "nowhere"), "not allowed with"), (("--seed", "-1"), "the seed is -1"),
+    (("--gamma", "65"), "gamma is 65"), (("--stop", ""), "--stop is empty"),
+    (("--graphs",), "graphs are for a GPU")])
 def test_a_mistake_is_one_sentence_and_exit_code_2(folders, capsys, flags, words):
-    flags = [str(folders / f) if (folders / f).is_dir() and not f.startswith("-") else f
+    flags = [str(folders / f) if f.isalpha() and (folders / f).is_dir() else f
              for f in flags]
     code, out, err = run_main(folders, capsys, "--prompt", "def f", *flags)
     assert code == 2 and words in err and err.count("\n") == 1, f"{code}: {err}"
