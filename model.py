@@ -163,8 +163,9 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention of x (B, T, C). With a cache, `past` is its keys and values (B, S, K, D),
-    where the new ones go in them (an index of rows and one of places) and the mask (B, 1, T, S)."""
+    """Causal self-attention of x (B, T, C). With a cache, `past` is its keys and values, each
+    (B, S, K, D), where the new ones go (an index of rows, one of places) and the mask (B, 1, T, S).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()

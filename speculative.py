@@ -657,7 +657,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--draft", default="out/demo-draft", help="checkpoint folder (default: %(default)s)")
     add("--data", default="out/data-demo", help="data set whose held-out files give the prompts")
     texts = parser.add_mutually_exclusive_group()
-    texts.add_argument("--prompt", help="text to continue (default: 16 functions of held-out files)")
+    texts.add_argument("--prompt", help="text to continue (default: 16 held-out functions)")
     texts.add_argument("--prompt-file", help="file with the text to continue")
     add("--max-new-tokens", type=int, default=64)
     add("--gamma", default="4", help="drafted tokens a round, or auto (default: %(default)s)")

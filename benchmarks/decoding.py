@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> None:
         prompts = held_out_prompts(Path(args.data), load_tokenizer(args.target), args.prompts, 64)
     length, context = max(map(len, prompts)) + new, target.config.max_position_embeddings
     if length > context:
-        raise ValueError(f"prompts of up to {length - new} tokens and --max-new-tokens {new} do not "
-                         f"fit into the target's context of {context}: ask for fewer")
+        raise ValueError(f"prompts of up to {length - new} tokens and --max-new-tokens {new} do "
+                         f"not fit into the target's context of {context}: ask for fewer")
     others = [peer(model, target.config.vocab_size) for model in (target, draft) if args.peers]
     prepare_for_decoding(target)
     prepare_for_decoding(draft)
