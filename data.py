@@ -75,14 +75,13 @@ def room_for(path: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name only when it is complete and on the disk."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that takes its name only when it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with room_for(path), open(temporary, "wb") as file:
-            yield file
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -174,8 +173,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into a folder, each one whole or not at all."""
         for name, content in self.files().items():
-            with atomic(Path(folder) / name) as file:
-                file.write(content)
+            write_atomically(Path(folder) / name, content)
 
 
 def hugging_face_files(vocab: dict[str, int], ranks: Iterable[str], added: dict[str, bool],
@@ -722,8 +720,7 @@ def tokenize(found: dict[str, dict[str, int]], state: dict, out: Path, work: Cal
                 for file in bins.values():                  # the tokens, then the note of them
                     file.flush()
                     os.fsync(file.fileno())
-                with atomic(out / "progress.json") as file:
-                    file.write(json.dumps(state, indent=1).encode())
+                write_atomically(out / "progress.json", json.dumps(state, indent=1).encode())
                 if due:
                     took, shown = now - start, now
                     left = (total - position) * took / max(position - first, 1) / 60
@@ -957,8 +954,8 @@ def fetch(task: str, out: str | Path) -> None:
             except Exception as error:                      # each layer below has its own
                 reason = " ".join(str(error).split())       # in one line
                 raise ValueError(f"cannot fetch {name} from {path}: {reason}") from error
-            with atomic(Path(out).expanduser() / name / file) as target:
-                target.write(gzip.compress(content) if file.endswith(".gz") else content)
+            write_atomically(Path(out).expanduser() / name / file,
+                             gzip.compress(content) if file.endswith(".gz") else content)
 
 
 # --------------------------------------------------------------------------------- command line
