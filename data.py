@@ -618,8 +618,8 @@ class Batch(NamedTuple):
 
     source: str
     records: list[Record]
-    end: list[int]                  # the next batch begins in this file, behind so many records
-    read: int                       # bytes of the source that are read by now
+    end: list[int]                  # what follows begins in this file, behind so many records
+    read: int                       # bytes of all sources that are read by now
 
 
 def is_validation(key: str, fraction: float) -> bool:
@@ -627,30 +627,35 @@ def is_validation(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def batches(source: str, files: dict[str, int], begin: list[int]) -> Iterator[Batch]:
-    """Group a source's records, from where an earlier batch ended, to about BATCH bytes."""
-    records, size, before = [], 0, 0
-    for i, (file, length) in enumerate(files.items()):
-        for done, record in enumerate(read(source, file) if i >= begin[0] else (), 1):
-            if [i, done] <= begin:
-                continue
-            records.append(record)
-            size += len(record.row if isinstance(record.row, bytes) else str(record.row))
-            if size >= BATCH:
-                yield Batch(source, records, [i, done], before + record.read)
-                records, size = [], 0
-        before += length
-    yield Batch(source, records, [len(files), 0], before)
+def batches(found: dict[str, dict[str, int]], state: dict) -> Iterator[Batch]:
+    """Group what `state` has not noted yet to about BATCH bytes, one source after another."""
+    before = 0
+    for source, files in found.items():
+        begin, records, size = state["sources"][source]["end"], [], 0
+        for i, (file, length) in enumerate(files.items()):
+            for done, record in enumerate(read(source, file) if i >= begin[0] else (), 1):
+                if [i, done] <= begin:
+                    continue
+                records.append(record)
+                size += len(record.row if isinstance(record.row, bytes) else str(record.row))
+                if size >= BATCH:
+                    yield Batch(source, records, [i, done], before + record.read)
+                    records, size = [], 0
+            before += length
+        yield Batch(source, records, [len(files), 0], before)
 
 
-cached_tokenizer = functools.lru_cache(load_tokenizer)      # a worker reads the file once
+@functools.lru_cache(1)             # a worker reads it once; sending it along would take longer
+def worker_tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder)
 
 
-def encode_batch(folder: Path, field: str | None, val_fraction: float, batch: Batch) -> tuple:
+def encode_batch(folder: Path, field: str | None, val_fraction: float,
+                 batch: Batch) -> tuple[dict[str, tuple[bytes, Counter]], list[str]]:
     """What the worker processes do: for each split the batch's tokens, as they are stored, and its
     counts (in UNITS; bytes are UTF-8, without END); and a message for each record without text."""
-    tokenizer, bad = cached_tokenizer(folder), []
-    ids, counts = ([], []), np.zeros((2, 3), int)
+    tokenizer, bad = worker_tokenizer(folder), []
+    ids, counts = {split: [] for split in SPLITS}, {split: Counter() for split in SPLITS}
     for record in batch.records:
         try:
             text = text_of(record, batch.source, field)
@@ -658,11 +663,12 @@ def encode_batch(folder: Path, field: str | None, val_fraction: float, batch: Ba
             bad.append(str(error))
             continue
         if text:
-            split = is_validation(record.key or text, val_fraction)
+            split = "val" if is_validation(record.key or text, val_fraction) else "train"
             tokens = [*tokenizer.encode(text), tokenizer.eos_id]
-            ids[split].extend(tokens)
-            counts[int(split)] += 1, len(tokens), len(text.encode())
-    return [np.array(split, tokenizer.dtype).tobytes() for split in ids], counts.tolist(), bad
+            ids[split] += tokens
+            counts[split].update(documents=1, tokens=len(tokens), bytes=len(text.encode()))
+    return {split: (np.array(ids[split], tokenizer.dtype).tobytes(), counts[split])
+            for split in SPLITS}, bad
 
 
 def start_worker() -> None:
@@ -687,47 +693,46 @@ def tokenize(found: dict[str, dict[str, int]], state: dict, out: Path, work: Cal
              max_bad: int) -> None:
     """Append to each SOURCE.SPLIT.bin what `state` says is missing, and keep the state on disk."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    total, before, first = sum(sum(files.values()) for files in found.values()), 0, None
-    start, shown, done = time.monotonic(), time.monotonic(), Counter()      # done: by this run
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool, room_for(out), \
-            ExitStack() as stack:
-        for source, entry in state["sources"].items():
-            bins = {split: stack.enter_context(open(out / f"{source}.{split}.bin", "ab"))
-                    for split in SPLITS}
-            for split, file in bins.items():                # cut what came after the last note
-                size = entry[split]["tokens"] * np.dtype(state["dtype"]).itemsize
-                if file.tell() < size:
-                    raise ValueError(f"{file.name} has lost tokens that progress.json counts: "
-                                     f"delete {out} and prepare it again")
-                file.truncate(size)
-            todo = batches(source, found[source], entry["end"])
-            for batch, (parts, counts, bad) in in_order(pool, work, todo, ahead=3 * workers):
-                for message in bad:
-                    entry["bad"] += 1
-                    if sum(other["bad"] for other in state["sources"].values()) > max_bad:
-                        raise ValueError(f"{message}; that makes more than {max_bad} bad records")
-                    print(f"skipped {message}", file=sys.stderr)
-                for split, part, count in zip(SPLITS, parts, counts):
-                    bins[split].write(part)
-                    for unit, n in zip(UNITS, count):
-                        entry[split][unit] += n
-                        done[unit] += n
-                entry["end"], position, now = batch.end, before + batch.read, time.monotonic()
-                first = position if first is None else first
-                due = now - shown >= PAUSE
-                if not due and batch.end[0] < len(found[source]):
-                    continue
-                for file in bins.values():                  # the tokens, then the note of them
-                    file.flush()
-                    os.fsync(file.fileno())
-                write_atomically(out / "progress.json", json.dumps(state, indent=1).encode())
-                if due:
-                    took, shown = now - start, now
-                    left = (total - position) * took / max(position - first, 1) / 60
-                    print(f"{source}: {done['bytes'] / took / 1e6:.1f} MB/s, "
-                          f"{done['tokens'] / took / 1e3:.0f}k tokens/s, "
-                          f"{f'{left:.1f} min' if total else '?'} left", file=sys.stderr)
-            before += sum(found[source].values())
+    total, first = sum(sum(files.values()) for files in found.values()), None
+    start = shown = time.monotonic()
+    done: Counter = Counter()                               # by this run, in UNITS
+    with room_for(out), ExitStack() as stack:
+        bins = {(source, split): stack.enter_context(open(out / f"{source}.{split}.bin", "ab"))
+                for source in found for split in SPLITS}
+        for (source, split), file in bins.items():          # cut what came after the last note
+            size = state["sources"][source][split]["tokens"] * np.dtype(state["dtype"]).itemsize
+            if file.tell() < size:
+                raise ValueError(f"{file.name} has lost tokens that progress.json counts: delete "
+                                 f"{out} and prepare it again")
+            file.truncate(size)
+        pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=start_worker))
+        for batch, (parts, bad) in in_order(pool, work, batches(found, state), 3 * workers):
+            entry = state["sources"][batch.source]
+            for message in bad:
+                entry["bad"] += 1
+                if sum(other["bad"] for other in state["sources"].values()) > max_bad:
+                    raise ValueError(f"{message}; that makes more than {max_bad} bad records")
+                print(f"skipped {message}", file=sys.stderr)
+            for split, (tokens, counts) in parts.items():
+                bins[batch.source, split].write(tokens)
+                done.update(counts)
+                for unit, n in counts.items():
+                    entry[split][unit] += n
+            entry["end"], now = batch.end, time.monotonic()
+            first = batch.read if first is None else first
+            due = now - shown >= PAUSE
+            if not due and batch.end[0] < len(found[batch.source]):
+                continue
+            for split in SPLITS:                            # the tokens, then the note of them
+                bins[batch.source, split].flush()
+                os.fsync(bins[batch.source, split])
+            write_atomically(out / "progress.json", json.dumps(state, indent=1).encode())
+            if due:
+                took, shown = now - start, now
+                left = (total - batch.read) * took / max(batch.read - first, 1) / 60
+                print(f"{batch.source}: {done['bytes'] / took / 1e6:.1f} MB/s, "
+                      f"{done['tokens'] / took / 1e3:.0f}k tokens/s, "
+                      f"{f'{left:.1f} min' if total else '?'} left", file=sys.stderr)
 
 
 def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
@@ -742,14 +747,15 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
     progress.json says how much of each .bin is valid and which record comes next; what lies behind
     that is cut off, so the bytes are the same wherever a run was killed.
     """
-    out, found = Path(out).expanduser(), dict(named := [find(source) for source in sources])
-    if not found or len(found) < len(named):
+    sources = list(sources)
+    out, found = Path(out).expanduser(), dict(map(find, sources))
+    if not found or len(found) < len(sources):
         raise ValueError("expected one or more sources, each with a name of its own")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"the validation share must be at least 0 and below 1, not {val_fraction}")
     # What the tokens depend on. A folder that was made of anything else is not touched.
     sizes = [(source, [(Path(file).name, size) for file, size in files.items()])
-             for source, files in named]
+             for source, files in found.items()]
     facts = json.dumps([tokenizer.sha256, val_fraction, field, sizes])
     state = {"fingerprint": hashlib.sha256(facts.encode()).hexdigest(),
              "tokenizer": tokenizer.sha256, "dtype": tokenizer.dtype,
