@@ -44,7 +44,6 @@ import sys
 import sysconfig
 import threading
 import time
-from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -822,6 +821,12 @@ class Corpus:
     def tokens(self, source: str) -> np.ndarray:
         return self._tokens[source]
 
+    def blocks(self, source: str, block: int) -> np.ndarray:
+        """A source cut into blocks of block + 1 tokens (inputs, and the same shifted by one), which
+        are the rows of batches: (N, T + 1). What is left over at its end is in none."""
+        tokens = self._tokens[source]
+        return tokens[:len(tokens) // (block + 1) * (block + 1)].reshape(-1, block + 1)
+
 
 def scramble(x: int) -> int:
     """A hash of 64-bit integers (the end of splitmix64): each bit depends on all of them."""
@@ -879,26 +884,23 @@ def timetable(weights: list[float]) -> list[tuple[int, int]]:
 class Loader:
     """Batches as a pure function of (step, rank, world).
 
-    Row i of a step is number g = step * batch + i of an endless sequence. It runs through all
-    blocks of block + 1 tokens (inputs, and the same shifted by one) of all sources in a random
-    order, then in another one, and so on; an epoch may end inside a batch. So every block comes
-    once an epoch, sources mix by their sizes, and the number of ranks does not change a step.
+    Row i of a step is number g = step * batch + i of an endless sequence. It runs through the
+    blocks of all sources in a random order, then in another one, and so on; an epoch may end inside
+    a batch. So every block comes once an epoch, sources mix by their sizes, and the number of ranks
+    does not change a step.
 
     With corpus.mix, each source is such a sequence, and a timetable says whose turn it is.
     """
 
     def __init__(self, corpus: Corpus, block: int, batch: int, seed: int):
         self.block, self.rows, self.seed = block, batch, seed
-        self.streams = [corpus.tokens(name) for name in corpus.sources]
-        blocks = [len(stream) // (block + 1) for stream in self.streams]
-        self.first = [0, *itertools.accumulate(blocks)]     # block number that a stream begins with
-        self.blocks_per_epoch = self.first[-1]
         mix = corpus.mix or {"data": 1}
-        # Sequences: the number of the first block, and how many there are.
-        self.sequences = (list(zip(self.first, blocks)) if corpus.mix
-                          else [(0, self.blocks_per_epoch)])
-        for name, (_, n) in zip(mix, self.sequences):
-            if n == 0:
+        groups = [[name] for name in mix] if corpus.mix else [corpus.sources]
+        self.sequences = [[corpus.blocks(name, block) for name in group] for group in groups]
+        self.lengths = [sum(map(len, sequence)) for sequence in self.sequences]
+        self.blocks_per_epoch = sum(self.lengths)
+        for name, length in zip(mix, self.lengths):
+            if not length:
                 raise ValueError(f"{corpus.folder} has too little {name} in its {corpus.split} "
                                  f"split for one block of {block + 1} tokens: add text, or choose "
                                  "a shorter block")
@@ -913,13 +915,14 @@ class Loader:
         result = np.empty((share, self.block + 1), np.int64)
         for i in range(share):
             period, now = divmod(step * self.rows + rank * share + i, len(self.table))
-            sequence, had = self.table[now]
-            first, n = self.sequences[sequence]
-            epoch, index = divmod(period * self.turns[sequence] + had, n)
-            block = first + permute(index, n, self.seed, epoch)
-            stream = bisect_right(self.first, block) - 1
-            start = (block - self.first[stream]) * (self.block + 1)
-            result[i] = self.streams[stream][start:start + self.block + 1]
+            s, had = self.table[now]
+            epoch, index = divmod(period * self.turns[s] + had, self.lengths[s])
+            index = permute(index, self.lengths[s], self.seed, epoch)
+            for blocks in self.sequences[s]:
+                if index < len(blocks):
+                    break
+                index -= len(blocks)
+            result[i] = blocks[index]
         return result
 
 

@@ -400,15 +400,13 @@ class Validation:
 
     def __init__(self, config: TrainConfig, processes: Processes):
         corpus = open_corpus(config, "val")
-        T, rows = config.block, []
-        for name in corpus.sources:         # an equal part from each, from its beginning
-            count = max(1, config.val_tokens // T // len(corpus.sources))
-            tokens = np.asarray(corpus.tokens(name)[:count * (T + 1)], np.int64)
-            rows.append(tokens[:len(tokens) // (T + 1) * (T + 1)].reshape(-1, T + 1))
-        rows = np.concatenate(rows)                                         # (N, T + 1)
+        # An equal part from each source, from its beginning.
+        count = max(1, config.val_tokens // config.block // len(corpus.sources))
+        rows = np.concatenate([corpus.blocks(name, config.block)[:count]
+                               for name in corpus.sources]).astype(np.int64)        # (N, T + 1)
         if not len(rows):
-            raise ValueError(f"the held-out part of {config.data} has no row of {T + 1} tokens: "
-                             "add text, or choose a shorter --block")
+            raise ValueError(f"the held-out part of {config.data} has no row of {config.block + 1} "
+                             "tokens: add text, or choose a shorter --block")
         self.bytes = int(corpus.tokenizer.byte_lengths[rows[:, 1:]].sum())
         self.rows = torch.from_numpy(rows[processes.rank::processes.world])
         self.processes = processes
