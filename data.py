@@ -4,14 +4,14 @@ The pipeline, in the order of this file:
 
     texts --train_bpe--> Tokenizer --prepare--> folder of tokens --Loader--> (B, T + 1)
 
-1.  `train_bpe` learns a `Tokenizer` by byte-pair encoding; `load_tokenizer` reads one, Llama-2's
-    SentencePiece model included. Both kinds run in tiktoken.
+1.  `train_bpe` learns a `Tokenizer` by byte-pair encoding. It runs in tiktoken.
 2.  A *source* is a named stream of documents: files of your own, a Hub data set, or the Python that
     runs this script: its docstrings ("general") and sources ("code") need no download.
 3.  `prepare` appends each document's tokens and one end-of-text token to a file, on all cores. A
     hash of the document decides whether it trains or validates.
 4.  `Loader.batch(step, rank, world)` is a pure function: resuming is asking for the next step.
-5.  `fetch` gets the rows of evaluate.py's benchmarks.
+5.  Beside the pipeline: `load_tokenizer` reads what was saved and Llama-2's SentencePiece model,
+    which runs in tiktoken too; `fetch` gets the rows of evaluate.py's benchmarks.
 
 Letters: B rows of a batch, T tokens of a row, V entries of the vocabulary.
 
@@ -88,7 +88,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------- tokenizers
+# ---------------------------------------------------------------------------------- tokenizer
 
 END = "<|endoftext|>"
 
@@ -154,53 +154,13 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """The files, by name, that bring this tokenizer back: here and, the .json, elsewhere."""
-        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
-        # GPT-2's alphabet: JSON has no bytes, so 256 printable characters stand for them.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = (b for b in range(256) if b not in printable)
-        alphabet = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-        names = {"".join(alphabet[b] for b in token): rank for token, rank in self.ranks.items()}
-        split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
-                 "invert": False}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
-                      "use_regex": False}
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-        return {"tokenizer.tiktoken": b"".join(lines)} | hugging_face_files(
-            names | {END: self.eos_id}, names, {END: True},
-            {"pre_tokenizer": pre_tokenizer, "decoder": byte_level}, eos_token=END)
+        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
+        return {"tokenizer.tiktoken": b"".join(lines)} | byte_level_json(self)
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into a folder, each one whole or not at all."""
         for name, content in self.files().items():
             write_atomically(Path(folder) / name, content)
-
-
-def hugging_face_files(vocab: dict[str, int], ranks: Iterable[str], added: dict[str, bool],
-                       parts: dict[str, Any], **roles: str) -> dict[str, bytes]:
-    """tokenizer.json and its config, for transformers' AutoTokenizer.
-
-    ranks: the tokens that merging makes, in its order; added: the others -> are they special?
-
-    It wants the pairs that were merged, in order. They are found again by merging each token's own
-    characters with the ranks below its own: the last two parts are the pair.
-    """
-    ranks, merges = {name: rank for rank, name in enumerate(ranks)}, []
-    for name, rank in ranks.items():
-        pair = list(name)
-        while len(pair) > 2:
-            i = min(range(len(pair) - 1), key=lambda i: ranks.get(pair[i] + pair[i + 1], rank))
-            pair[i:i + 2] = [pair[i] + pair[i + 1]]
-        if len(pair) == 2:
-            merges.append(pair)
-    model = {"type": "BPE", "byte_fallback": "<0x00>" in vocab, "vocab": vocab, "merges": merges}
-    flags = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
-    tokens = [{"id": vocab[text], "content": text, "special": special, **flags}
-              for text, special in added.items()]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles,
-              "clean_up_tokenization_spaces": False}
-    return {"tokenizer.json": json.dumps({"version": "1.0", "added_tokens": tokens, "model": model,
-                                          **parts}, ensure_ascii=False).encode(),
-            "tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -258,200 +218,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
                     words[i].append(token)
             count(i, 1)
     return Tokenizer(tokens)
-
-
-SPACE = "\u2581"                                            # SentencePiece's visible space
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)    # its types of pieces
-
-
-class SentencePiece(Tokenizer):
-    """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken.
-
-    SentencePiece merges characters, the best score first, and spells what it does not know in
-    bytes; tiktoken merges bytes, the lowest rank first. They agree when the ranks are, in order:
-    the 256 bytes; the first bytes of the vocabulary's multi-byte characters; those characters; the
-    other pieces by score. Runs of SPACE share one score in Llama-2, and SentencePiece then merges
-    leftmost first, which is what longest first gives. Last, ranks become ids.
-    """
-
-    def __init__(self, pieces: list[tuple[str, float, int]], bos: int | None, eos: int,
-                 model: bytes | None = None):
-        """pieces: (text, score, type) by id; model: the tokenizer.model file, to save it again."""
-        self.vocabulary, self.model = pieces, model
-        ids = {kind: {text: i for i, (text, _, k) in enumerate(pieces) if k == kind}
-               for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE)}
-        normal, spelled = ids[NORMAL], {int(text[3:5], 16): i for text, i in ids[BYTE].items()}
-        if len(spelled) < 256 or not 0 <= eos < len(pieces):
-            raise ValueError("the vocabulary has no 256 byte pieces (byte fallback), or no EOS")
-        if crossing := [text for text in normal if SPACE in text.lstrip(SPACE)]:
-            raise ValueError(f"pieces with a space after another character, as {crossing[0]!r}, "
-                             "are not supported")
-        characters = sorted(text.encode() for text in normal if len(text) == 1)
-        starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
-        ranks = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:])]
-        merged = sorted((text for text in normal if len(text) > 1),
-                        key=lambda text: (-pieces[normal[text]][1], -len(text)))
-        # No piece has SPACE after another character, so no merge crosses the border before it.
-        pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
-        # tiktoken looks a whole pre-token up before it merges, and so finds even a piece that no
-        # merges lead to. Such pieces (with a NUL behind them they fall apart) get no rank.
-        trial = Tokenizer(ranks + [text.encode() for text in merged], pattern)
-        self.merged = [text for i, text in enumerate(merged, len(ranks))
-                       if trial.encode(text + "\0") == [i, 0]]
-        super().__init__(ranks + [text.encode() for text in self.merged], pattern)
-
-        self.bos_id, self.eos_id = bos, eos
-        self.pieces = [b"" if kind in (UNKNOWN, CONTROL) else bytes([int(text[3:5], 16)])
-                       if kind == BYTE else text.replace(SPACE, " ").encode()
-                       for text, _, kind in pieces]
-        of_piece = {text.encode(): (i,) for text, i in normal.items()}
-        self.ids = [of_piece.get(token) or tuple(spelled[b] for b in token) for token in self.ranks]
-        # User-defined pieces are cut out of the text before merging, the longest first.
-        self.fixed = ids[USER_DEFINED]
-        longest_first = sorted(self.fixed, key=len, reverse=True)
-        self.cut = re.compile("(%s)" % "|".join(map(re.escape, longest_first)))
-        self.added = {text: kind != USER_DEFINED
-                      for kind in (UNKNOWN, CONTROL, USER_DEFINED) for text in ids[kind]}
-
-    def encode(self, text: str) -> list[int]:
-        if not text:
-            return []
-        text = SPACE + text.replace(" ", SPACE)
-        ids: list[int] = []
-        for part in self.cut.split(text) if self.fixed else [text]:
-            if part in self.fixed:
-                ids.append(self.fixed[part])
-            else:
-                ranks = self.encoding.encode_ordinary(part)
-                ids += itertools.chain.from_iterable(map(self.ids.__getitem__, ranks))
-        return ids
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """A whole text, without the space that encode puts in front."""
-        tokens = [token for token in tokens if self.decode_bytes([token])]
-        text = super().decode(tokens)
-        return text[1:] if tokens and self.vocabulary[tokens[0]][0].startswith(SPACE) else text
-
-    def files(self) -> dict[str, bytes]:
-        vocab = {text: i for i, (text, _, _) in enumerate(self.vocabulary)}
-        decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                    {"type": "ByteFallback"}, {"type": "Fuse"},
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-        normalizers = [{"type": "Prepend", "prepend": SPACE},
-                       {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        return ({"tokenizer.model": self.model} if self.model else {}) | hugging_face_files(
-            vocab, self.merged, self.added,
-            {"decoder": {"type": "Sequence", "decoders": decoders},
-             "normalizer": {"type": "Sequence", "normalizers": normalizers}},
-            **{role: self.vocabulary[i][0] for role, i in roles.items() if i is not None})
-
-
-def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (number, value) of a protobuf message: an integer, or the bytes of anything else."""
-    stream = io.BytesIO(message)
-
-    def varint() -> int:                                    # 7 bits a byte, the lowest first
-        byte = stream.read(1)[0]
-        return byte if byte < 128 else byte - 128 + (varint() << 7)
-
-    while stream.tell() < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 5: 4}.get(wire_type) or varint()
-        if wire_type not in (1, 2, 5) or stream.tell() + size > len(message):
-            raise ValueError("damaged protobuf")
-        yield number, stream.read(size)
-
-
-def read_sentencepiece(model: bytes) -> SentencePiece:
-    """Read a tokenizer.model: sentencepiece_model.proto's ModelProto, as far as it matters here."""
-    pieces, parts = [], {2: {}, 3: {}}
-    for number, value in protobuf_fields(model):
-        if number == 1:                                     # pieces: 1 text, 2 score, 3 type
-            piece = dict(protobuf_fields(value))
-            score = np.frombuffer(piece.get(2, bytes(4)), "<f4").item()
-            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
-        elif number in parts:
-            parts[number] = dict(protobuf_fields(value))
-    trainer, normalizer = parts.values()
-    unsupported = {
-        "a model other than BPE": trainer.get(3, 1) != 2,
-        "no byte fallback": not trainer.get(35),
-        "spaces as suffixes": trainer.get(24),
-        "normalization rules": normalizer.get(2),
-        "no space put in front": not normalizer.get(3, 1),
-        "removal of extra spaces": normalizer.get(4, 1),
-        "spaces that are not escaped": not normalizer.get(5, 1),
-        "unused pieces": any(kind == UNUSED for _, _, kind in pieces),
-    }
-    if found := [name for name, present in unsupported.items() if present]:
-        raise ValueError(f"not supported: {', '.join(found)}")
-    bos, eos = trainer.get(41, 1), trainer.get(42, 2)
-    return SentencePiece(pieces, bos if bos < len(pieces) else None, eos, model)
-
-
-def read_tokenizer_json(content: bytes) -> SentencePiece:
-    """Read a tokenizer.json of Llama-2's family, where merges have an order instead of scores."""
-    tokenizer = json.loads(content)
-    model = tokenizer["model"]
-    before = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
-    if not model.get("byte_fallback") or not re.search('"(Prepend|first|always)"', before):
-        raise ValueError("not of Llama-2's family: no byte fallback, or no space put in front")
-    # In Llama-2 itself, runs of SPACE have the lowest score. transformers 5 forgets that when it
-    # converts a tokenizer.model, and splits "a  b" otherwise than the models have learnt.
-    llama2 = {2 * SPACE: 259, 16 * SPACE: 462}.items() <= model["vocab"].items()
-    scores: dict[str, float] = {}
-    for i, merge in enumerate(model["merges"]):             # "a b" in old files, ["a", "b"] in new
-        text = "".join(merge.split(" ") if isinstance(merge, str) else merge)
-        scores.setdefault(text, -math.inf if llama2 and not text.strip(SPACE) else -i)
-    added = {token["content"]: token for token in tokenizer["added_tokens"]}
-    vocab = model["vocab"] | {text: token["id"] for text, token in added.items()}
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError("its ids are not 0, 1, 2, ...")
-
-    def kind(text: str) -> int:
-        if text in added:
-            return CONTROL if added[text]["special"] else USER_DEFINED
-        if re.fullmatch("<0x[0-9A-F]{2}>", text):
-            return BYTE
-        return NORMAL if len(text) == 1 or text in scores else UNUSED
-
-    pieces = [(text, scores.get(text, 0), kind(text)) for text in sorted(vocab, key=vocab.get)]
-    return SentencePiece(pieces, vocab.get("<s>"), vocab["</s>"])
-
-
-def read_tiktoken(content: bytes) -> Tokenizer:
-    """Read a .tiktoken file: lines of a token in base64 and its rank."""
-    lines = [line.split() for line in content.splitlines()]
-    tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
-    if [int(rank) for _, rank in lines] != list(range(len(lines))):
-        raise ValueError("its ranks are not 0, 1, 2, ...")
-    if tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens):
-        raise ValueError("it does not list the 256 bytes first and every token once")
-    return Tokenizer(tokens)
-
-
-READERS = {"tokenizer.tiktoken": read_tiktoken, "tokenizer.model": read_sentencepiece,
-           "tokenizer.json": read_tokenizer_json}           # the first that a folder has is taken
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer's file, or the one in a folder."""
-    path = Path(path).expanduser()
-    if path.is_dir():
-        path = next((path / name for name in READERS if (path / name).exists()), path)
-    read = READERS.get(f"tokenizer{path.suffix}")
-    if not path.is_file() or not read:
-        raise ValueError(f"{path} is no tokenizer: expected {', '.join(READERS)}, or a folder with "
-                         "one of them (python data.py train-tokenizer makes one)")
-    try:
-        return read(path.read_bytes())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path} cannot be used as a tokenizer: {reason}") from None
 
 
 # --------------------------------------------------------------------------------- documents
@@ -924,6 +690,248 @@ class Loader:
                 index -= len(blocks)
             result[i] = blocks[index]
         return result
+
+
+# --------------------------------------------------------- tokenizers in files, and Llama-2's
+
+
+def read_tiktoken(content: bytes) -> Tokenizer:
+    """Read a .tiktoken file: lines of a token in base64 and its rank."""
+    lines = [line.split() for line in content.splitlines()]
+    tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
+    if [int(rank) for _, rank in lines] != list(range(len(lines))):
+        raise ValueError("its ranks are not 0, 1, 2, ...")
+    if tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens):
+        raise ValueError("it does not list the 256 bytes first and every token once")
+    return Tokenizer(tokens)
+
+
+def byte_level_json(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Our tokenizer's files for transformers."""
+    # JSON has no bytes. GPT-2 writes them as Latin-1, and from U+0100 on those without a glyph.
+    hidden = [*range(33), *range(127, 161), 173]
+    glyphs = {byte: 256 + i for i, byte in enumerate(hidden)}
+    names = {token.decode("latin-1").translate(glyphs): rank
+             for token, rank in tokenizer.ranks.items()}
+    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
+             "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+                  "use_regex": False}
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    return hugging_face_files(names | {END: tokenizer.eos_id}, names, {END: True},
+                              {"pre_tokenizer": pre_tokenizer, "decoder": byte_level},
+                              eos_token=END)
+
+
+def hugging_face_files(vocab: dict[str, int], ranks: Iterable[str], added: dict[str, bool],
+                       parts: dict[str, Any], **roles: str) -> dict[str, bytes]:
+    """tokenizer.json and its config, for transformers' AutoTokenizer.
+
+    ranks: the tokens that merging makes, in its order; added: the others -> are they special?
+
+    It wants the pairs that were merged, in order. They are found again by merging each token's own
+    characters with the ranks below its own: the last two parts are the pair.
+    """
+    ranks, merges = {name: rank for rank, name in enumerate(ranks)}, []
+    for name, rank in ranks.items():
+        pair = list(name)
+        while len(pair) > 2:
+            i = min(range(len(pair) - 1), key=lambda i: ranks.get(pair[i] + pair[i + 1], rank))
+            pair[i:i + 2] = [pair[i] + pair[i + 1]]
+        if len(pair) == 2:
+            merges.append(pair)
+    model = {"type": "BPE", "byte_fallback": "<0x00>" in vocab, "vocab": vocab, "merges": merges}
+    flags = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    tokens = [{"id": vocab[text], "content": text, "special": special, **flags}
+              for text, special in added.items()]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles,
+              "clean_up_tokenization_spaces": False}
+    return {"tokenizer.json": json.dumps({"version": "1.0", "added_tokens": tokens, "model": model,
+                                          **parts}, ensure_ascii=False).encode(),
+            "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+
+
+SPACE = "\u2581"                                            # SentencePiece's visible space
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)    # its types of pieces
+
+
+class SentencePiece(Tokenizer):
+    """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken.
+
+    SentencePiece merges characters, the best score first, and spells what it does not know in
+    bytes; tiktoken merges bytes, the lowest rank first. They agree when the ranks are, in order:
+    the 256 bytes; the first bytes of the vocabulary's multi-byte characters; those characters; the
+    other pieces by score. Runs of SPACE share one score in Llama-2, and SentencePiece then merges
+    leftmost first, which is what longest first gives. Last, ranks become ids.
+    """
+
+    def __init__(self, pieces: list[tuple[str, float, int]], bos: int | None, eos: int,
+                 model: bytes | None = None):
+        """pieces: (text, score, type) by id; model: the tokenizer.model file, to save it again."""
+        self.vocabulary, self.model = pieces, model
+        ids = {kind: {text: i for i, (text, _, k) in enumerate(pieces) if k == kind}
+               for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE)}
+        normal, spelled = ids[NORMAL], {int(text[3:5], 16): i for text, i in ids[BYTE].items()}
+        if len(spelled) < 256 or not 0 <= eos < len(pieces):
+            raise ValueError("the vocabulary has no 256 byte pieces (byte fallback), or no EOS")
+        if crossing := [text for text in normal if SPACE in text.lstrip(SPACE)]:
+            raise ValueError(f"pieces with a space after another character, as {crossing[0]!r}, "
+                             "are not supported")
+        characters = sorted(text.encode() for text in normal if len(text) == 1)
+        starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
+        ranks = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:])]
+        merged = sorted((text for text in normal if len(text) > 1),
+                        key=lambda text: (-pieces[normal[text]][1], -len(text)))
+        # No piece has SPACE after another character, so no merge crosses the border before it.
+        pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
+        # tiktoken looks a whole pre-token up before it merges, and so finds even a piece that no
+        # merges lead to. Such pieces (with a NUL behind them they fall apart) get no rank.
+        trial = Tokenizer(ranks + [text.encode() for text in merged], pattern)
+        self.merged = [text for i, text in enumerate(merged, len(ranks))
+                       if trial.encode(text + "\0") == [i, 0]]
+        super().__init__(ranks + [text.encode() for text in self.merged], pattern)
+
+        self.bos_id, self.eos_id = bos, eos
+        self.pieces = [b"" if kind in (UNKNOWN, CONTROL) else bytes([int(text[3:5], 16)])
+                       if kind == BYTE else text.replace(SPACE, " ").encode()
+                       for text, _, kind in pieces]
+        of_piece = {text.encode(): (i,) for text, i in normal.items()}
+        self.ids = [of_piece.get(token) or tuple(spelled[b] for b in token) for token in self.ranks]
+        # User-defined pieces are cut out of the text before merging, the longest first.
+        self.fixed = ids[USER_DEFINED]
+        longest_first = sorted(self.fixed, key=len, reverse=True)
+        self.cut = re.compile("(%s)" % "|".join(map(re.escape, longest_first)))
+        self.added = {text: kind != USER_DEFINED
+                      for kind in (UNKNOWN, CONTROL, USER_DEFINED) for text in ids[kind]}
+
+    def encode(self, text: str) -> list[int]:
+        if not text:
+            return []
+        text = SPACE + text.replace(" ", SPACE)
+        ids: list[int] = []
+        for part in self.cut.split(text) if self.fixed else [text]:
+            if part in self.fixed:
+                ids.append(self.fixed[part])
+            else:
+                ranks = self.encoding.encode_ordinary(part)
+                ids += itertools.chain.from_iterable(map(self.ids.__getitem__, ranks))
+        return ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """A whole text, without the space that encode puts in front."""
+        tokens = [token for token in tokens if self.decode_bytes([token])]
+        text = super().decode(tokens)
+        return text[1:] if tokens and self.vocabulary[tokens[0]][0].startswith(SPACE) else text
+
+    def files(self) -> dict[str, bytes]:
+        vocab = {text: i for i, (text, _, _) in enumerate(self.vocabulary)}
+        decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                    {"type": "ByteFallback"}, {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+        normalizers = [{"type": "Prepend", "prepend": SPACE},
+                       {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return ({"tokenizer.model": self.model} if self.model else {}) | hugging_face_files(
+            vocab, self.merged, self.added,
+            {"decoder": {"type": "Sequence", "decoders": decoders},
+             "normalizer": {"type": "Sequence", "normalizers": normalizers}},
+            **{role: self.vocabulary[i][0] for role, i in roles.items() if i is not None})
+
+
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of a protobuf message: an integer, or the bytes of anything else."""
+    stream = io.BytesIO(message)
+
+    def varint() -> int:                                    # 7 bits a byte, the lowest first
+        byte = stream.read(1)[0]
+        return byte if byte < 128 else byte - 128 + (varint() << 7)
+
+    while stream.tell() < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}.get(wire_type) or varint()
+        if wire_type not in (1, 2, 5) or stream.tell() + size > len(message):
+            raise ValueError("damaged protobuf")
+        yield number, stream.read(size)
+
+
+def read_sentencepiece(model: bytes) -> SentencePiece:
+    """Read a tokenizer.model: sentencepiece_model.proto's ModelProto, as far as it matters here."""
+    pieces, parts = [], {2: {}, 3: {}}
+    for number, value in protobuf_fields(model):
+        if number == 1:                                     # pieces: 1 text, 2 score, 3 type
+            piece = dict(protobuf_fields(value))
+            score = np.frombuffer(piece.get(2, bytes(4)), "<f4").item()
+            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
+        elif number in parts:
+            parts[number] = dict(protobuf_fields(value))
+    trainer, normalizer = parts.values()
+    unsupported = {
+        "a model other than BPE": trainer.get(3, 1) != 2,
+        "no byte fallback": not trainer.get(35),
+        "spaces as suffixes": trainer.get(24),
+        "normalization rules": normalizer.get(2),
+        "no space put in front": not normalizer.get(3, 1),
+        "removal of extra spaces": normalizer.get(4, 1),
+        "spaces that are not escaped": not normalizer.get(5, 1),
+        "unused pieces": any(kind == UNUSED for _, _, kind in pieces),
+    }
+    if found := [name for name, present in unsupported.items() if present]:
+        raise ValueError(f"not supported: {', '.join(found)}")
+    bos, eos = trainer.get(41, 1), trainer.get(42, 2)
+    return SentencePiece(pieces, bos if bos < len(pieces) else None, eos, model)
+
+
+def read_tokenizer_json(content: bytes) -> SentencePiece:
+    """Read a tokenizer.json of Llama-2's family, where merges have an order instead of scores."""
+    tokenizer = json.loads(content)
+    model = tokenizer["model"]
+    before = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+    if not model.get("byte_fallback") or not re.search('"(Prepend|first|always)"', before):
+        raise ValueError("not of Llama-2's family: no byte fallback, or no space put in front")
+    # In Llama-2 itself, runs of SPACE have the lowest score. transformers 5 forgets that when it
+    # converts a tokenizer.model, and splits "a  b" otherwise than the models have learnt.
+    llama2 = {2 * SPACE: 259, 16 * SPACE: 462}.items() <= model["vocab"].items()
+    scores: dict[str, float] = {}
+    for i, merge in enumerate(model["merges"]):             # "a b" in old files, ["a", "b"] in new
+        text = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        scores.setdefault(text, -math.inf if llama2 and not text.strip(SPACE) else -i)
+    added = {token["content"]: token for token in tokenizer["added_tokens"]}
+    vocab = model["vocab"] | {text: token["id"] for text, token in added.items()}
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError("its ids are not 0, 1, 2, ...")
+
+    def kind(text: str) -> int:
+        if text in added:
+            return CONTROL if added[text]["special"] else USER_DEFINED
+        if re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return BYTE
+        return NORMAL if len(text) == 1 or text in scores else UNUSED
+
+    pieces = [(text, scores.get(text, 0), kind(text)) for text in sorted(vocab, key=vocab.get)]
+    return SentencePiece(pieces, vocab.get("<s>"), vocab["</s>"])
+
+
+READERS = {"tokenizer.tiktoken": read_tiktoken, "tokenizer.model": read_sentencepiece,
+           "tokenizer.json": read_tokenizer_json}           # the first that a folder has is taken
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer's file, or the one in a folder."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = next((path / name for name in READERS if (path / name).exists()), path)
+    read = READERS.get(f"tokenizer{path.suffix}")
+    if not path.is_file() or not read:
+        raise ValueError(f"{path} is no tokenizer: expected {', '.join(READERS)}, or a folder with "
+                         "one of them (python data.py train-tokenizer makes one)")
+    try:
+        return read(path.read_bytes())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} cannot be used as a tokenizer: {reason}") from None
 
 
 # --------------------------------------------------------------------------------- benchmarks
