@@ -373,7 +373,7 @@ def texts(sources: Iterable[str], field: str | None = None) -> Iterator[str]:
 
 # --------------------------------------------------------------------------------- prepare
 
-SPLITS, UNITS = ("train", "val"), ("documents", "tokens", "bytes")
+SPLITS = ("train", "val")
 BATCH = 1 << 20                     # bytes of records that a worker gets at a time
 PAUSE = 10                          # seconds between progress lines; a killed run loses as much
 
@@ -417,8 +417,8 @@ def worker_tokenizer(folder: Path) -> Tokenizer:
 
 def encode_batch(folder: Path, field: str | None, val_fraction: float,
                  batch: Batch) -> tuple[dict[str, tuple[bytes, Counter]], list[str]]:
-    """What the worker processes do: for each split the batch's tokens, as they are stored, and its
-    counts (in UNITS; bytes are UTF-8, without END); and a message for each record without text."""
+    """What the worker processes do: for each split the batch's tokens, as they are stored, and how
+    many documents, tokens and UTF-8 bytes (without END); a message for each record without text."""
     tokenizer, bad = worker_tokenizer(folder), []
     ids, counts = {split: [] for split in SPLITS}, {split: Counter() for split in SPLITS}
     for record in batch.records:
@@ -460,7 +460,7 @@ def tokenize(found: dict[str, dict[str, int]], state: dict, out: Path, work: Cal
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     total, first = sum(sum(files.values()) for files in found.values()), None
     start = shown = time.monotonic()
-    done: Counter = Counter()                               # by this run, in UNITS
+    done: Counter = Counter()                               # tokens and bytes, by this run
     with room_for(out), ExitStack() as stack:
         bins = {(source, split): stack.enter_context(open(out / f"{source}.{split}.bin", "ab"))
                 for source in found for split in SPLITS}
@@ -524,8 +524,9 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
     facts = json.dumps([tokenizer.sha256, val_fraction, field, sizes])
     state = {"fingerprint": hashlib.sha256(facts.encode()).hexdigest(),
              "tokenizer": tokenizer.sha256, "dtype": tokenizer.dtype,
-             "sources": {source: {"end": [0, 0], "bad": 0, **{
-                 split: dict.fromkeys(UNITS, 0) for split in SPLITS}} for source in found}}
+             "sources": {source: {"end": [0, 0], "bad": 0} | {
+                 split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+                 for source in found}}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "wb") as lock:
         if fcntl:                   # a second run waits for the first, and finds its work done
