@@ -358,7 +358,9 @@ def text_of(record: Record, source: str, field: str | None) -> str:
         text = next(row[name] for name in fields if name in row)
         text.encode()               # a lone surrogate is no text: UnicodeEncodeError
         return text
-    except (TypeError, KeyError, AttributeError, StopIteration):
+    except KeyError as error:
+        reason = f"no field {error}, which says what {source} leaves out"
+    except (TypeError, AttributeError, StopIteration):
         reason = f"no text in {' or '.join(fields)}"
     except (ValueError, RecursionError) as error:
         reason = str(error)

@@ -195,6 +195,12 @@ def test_slimpajama_comes_without_its_books(hub, bpe, tmp_path, place):
         "the Books part is in, or another part is out")
 
 
+def test_a_row_that_does_not_say_whether_to_leave_it_out_is_bad(bpe, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a book?"}\n')
+    with pytest.raises(ValueError, match="line 1: no field 'meta', which says what slimpajama"):
+        data.prepare([f"slimpajama={tmp_path}"], bpe, tmp_path / "out", max_bad=0)
+
+
 def test_gutenberg_comes_in_all_its_languages(hub, bpe, tmp_path):
     folder = hub_folder(tmp_path / "g", ".parquet", [{"id": str(i), "text": story(i)}
                                                       for i in range(6)], "en")
