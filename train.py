@@ -414,8 +414,9 @@ class Validation:
     @torch.no_grad()
     def __call__(self, model: Transformer) -> float:
         nats = torch.zeros((), dtype=torch.float64, device=model.device)
-        for rows in self.rows.split(max(1, 4096 // self.rows.shape[1])):
-            rows = rows.to(model.device)
+        size = max(1, 4096 // self.rows.shape[1])
+        for i in range(0, len(self.rows), size):        # no rows: more processes than rows
+            rows = self.rows[i:i + size].to(model.device)
             hidden, targets = model.hidden(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
             nats += head_loss(model.lm_head, hidden, targets, "none").double().sum()
         return self.processes.sum(nats).item() / math.log(2) / self.bytes
@@ -499,6 +500,7 @@ def start(config: TrainConfig, processes: Processes, corpus: data.Corpus,
         torch.set_rng_state(state["rng"])
         if processes.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
+    processes.any(False)                # --init may be this folder: by now all have read it
     if processes.rank == 0:
         if not resume:
             set_aside(folder)
@@ -629,8 +631,8 @@ def run(recipe: str, overrides: dict, resume: bool, command: str) -> None:
     if recipe not in RECIPES:
         raise ValueError(f"there is no recipe {recipe!r}: expected {', '.join(RECIPES)}")
     stages = [replace(stage, **overrides) for stage in RECIPES[recipe]]
-    stages = [replace(s, data=s.data.format(out=s.out), init=s.init.format(out=s.out))
-              for s in stages]
+    stages = [replace(s, **{name: getattr(s, name).replace("{out}", s.out)
+                            for name in ("data", "init")}) for s in stages]
     if len({stage.folder for stage in stages}) < len(stages):
         raise ValueError(f"--name would put the {len(stages)} stages of {recipe} into one folder: "
                          "choose another --out instead")

@@ -22,19 +22,20 @@ from model import Transformer
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(Path(train.__file__))
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+                            "PYTHONPATH": str(Path(SCRIPT).parent)}
 
 
-def launch(arguments: list[str], world: int = 1, **how) -> subprocess.Popen:
+def launch(arguments: list[str], world: int = 1, script: str = SCRIPT, **how) -> subprocess.Popen:
     """train.py in a process of its own, or in `world` of them as torchrun starts them."""
     if world > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world),
-                 "--master-port", str(port), SCRIPT]
+                 "--master-port", str(port), script]
     else:
-        start = [sys.executable, SCRIPT]
+        start = [sys.executable, script]
     return subprocess.Popen(start + arguments, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, env=ENVIRONMENT, **how)
 
@@ -124,6 +125,21 @@ def test_more_processes_give_the_same_losses(place, tmp_path, world, micro_batch
     ours, theirs = (json.loads((tmp_path / name / "m" / "metrics.jsonl").read_text()
                                .splitlines()[-1])["val_bits_per_byte"] for name in ("one", "more"))
     assert abs(theirs / ours - 1) < 1e-6, f"validation: {theirs} on {world} processes, {ours} on 1"
+
+
+def test_two_processes_start_from_the_folder_that_they_set_aside(place, tmp_path):
+    """The slow one must have read it before the other renames it."""
+    train.main(flags(place, tmp_path, steps=2))
+    script = tmp_path / "slow.py"
+    script.write_text("""if True:
+        import os, sys, time, train
+        real = train.Transformer.from_pretrained
+        train.Transformer.from_pretrained = lambda *a, **k: (
+            time.sleep(2 * int(os.environ["RANK"])), real(*a, **k))[1]
+        train.main(sys.argv[1:])""")
+    finish(launch(flags(place, tmp_path, steps=2, micro_batch=2, init=tmp_path / "m"), 2,
+                  script=str(script)))
+    assert (tmp_path / "m.1").exists() and checkpoint_step(tmp_path / "m") == 2
 
 
 def test_two_processes_resume_bitwise(place, tmp_path):

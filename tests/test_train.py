@@ -224,6 +224,8 @@ def test_validation_is_the_same_for_any_world_size(place):
     second.others = first.found
     together = train.Validation(config, second)(net)
     assert math.isclose(alone, together, rel_tol=1e-6), f"{alone} alone, {together} on two"
+    idle = train.Validation(config, Part(20, 21))(net)      # there are 20 rows
+    assert idle == 0, f"a process without a row adds {idle}"
 
 
 def test_validation_is_nats_over_the_bytes_of_the_targets(place):
@@ -385,6 +387,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(place, tmp_path, monkeypatch, c
     (["--steps", "many"], "--steps: invalid int value: 'many'"),
     (["--steps", "0"], "--steps is 0"),
     (["--lr", "nan"], "--lr is nan"),
+    (["amd-135m", "--data", "{here}"], "{here} holds no finished data set"),
     (["llama-9"], "no recipe 'llama-9'"),
     (["amd-135m", "--preset", "gpt-5"], "no preset 'gpt-5'"),
     (["amd-135m"], "--data is missing"),
