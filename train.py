@@ -89,13 +89,11 @@ class TrainConfig:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            if f.type in (int, float) and not 0 <= getattr(self, f.name) < math.inf:
-                raise ValueError(f"--{f.name.replace('_', '-')} is {getattr(self, f.name)}: "
-                                 "expected zero or a positive number")
-        for name in ("block", "batch_tokens", "micro_batch", "steps", "log_every", "val_every",
-                     "val_tokens", "save_every", "clip"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name.replace('_', '-')} is 0: expected at least 1")
+            value, zero = getattr(self, f.name), f.name in (
+                "lr", "min_lr", "warmup", "weight_decay", "beta1", "beta2", "seed", "loss_chunk")
+            if f.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
+                raise ValueError(f"--{f.name.replace('_', '-')} is {value}: expected "
+                                 f"{'zero or ' * zero}a positive number")
         if self.preset and self.preset not in PRESETS:
             raise ValueError(f"there is no preset {self.preset!r}: expected one of "
                              f"{', '.join(PRESETS)}")

@@ -387,6 +387,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(place, tmp_path, monkeypatch, c
     (["--steps", "many"], "--steps: invalid int value: 'many'"),
     (["--steps", "0"], "--steps is 0"),
     (["--lr", "nan"], "--lr is nan"),
+    (["--clip", "0"], "--clip is 0.0: expected a positive number"),
     (["amd-135m", "--data", "{here}"], "{here} holds no finished data set"),
     (["llama-9"], "no recipe 'llama-9'"),
     (["amd-135m", "--preset", "gpt-5"], "no preset 'gpt-5'"),
