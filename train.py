@@ -181,16 +181,14 @@ def loss_of(model: Transformer, rows: Tensor, chunk: int = 0,
                for h, t in parts) / len(targets)
 
 
-@contextmanager
-def arithmetic(config: TrainConfig, device: torch.device) -> Iterator[None]:
+def arithmetic(config: TrainConfig, device: torch.device) -> torch.autocast:
     """bf16 matrix products over float32 weights. On a CPU they are up to four times faster where
     there are instructions for it, and slower without."""
     cuda = device.type == "cuda"
     has_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
                 else torch.cpu._is_avx512_bf16_supported())
     wanted = config.precision == "bf16" or config.precision == "auto" and has_bf16
-    with torch.autocast(device.type, torch.bfloat16, enabled=wanted):
-        yield
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name; the first that fits counts. MI250:
@@ -220,12 +218,12 @@ class Processes:
     """
 
     def __init__(self, device: str):
-        self.rank, self.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0),
-                                                                        ("WORLD_SIZE", 1)))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = resolve_device(device or None)
         if self.device.type == "cuda":
-            self.device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-                                         if self.device.index is None else str(self.device))
+            if self.device.index is None:
+                self.device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             # gloo carries what lies on the host, even between GPUs.
@@ -271,7 +269,7 @@ def save(config: TrainConfig, step: int, model: Transformer, optimizer: torch.op
     are links through `current` and never change. (Folders themselves can't be exchanged portably.)
     """
     folder, current = config.folder, config.folder / "current"
-    slot = folder / ("b" if current.is_symlink() and os.readlink(current) == "a" else "a")
+    slot = folder / ("b" if points_to(current, "a") else "a")
     try:
         shutil.rmtree(slot, ignore_errors=True)
         slot.mkdir(parents=True)
@@ -291,23 +289,26 @@ def save(config: TrainConfig, step: int, model: Transformer, optimizer: torch.op
             switch(folder / path.name, f"current/{path.name}")
         switch(current, slot.name)
     except (OSError, RuntimeError, ValueError) as error:    # torch.save makes some a RuntimeError
-        if not (current.is_symlink() and os.readlink(current) == slot.name):
-            shutil.rmtree(slot, ignore_errors=True)         # else it is the checkpoint already
+        if not points_to(current, slot.name):               # else it is the checkpoint already
+            shutil.rmtree(slot, ignore_errors=True)
         kept = (f"the checkpoint of step {read_state(folder)['step']} is kept"
                 if current.exists() else "there is none before it")
         raise ValueError(f"could not save step {step} in {folder} ({error}): {kept}; free some "
                          "space and --resume") from None
 
 
+def points_to(link: Path, target: str) -> bool:
+    return link.is_symlink() and os.readlink(link) == target
+
+
 def switch(link: Path, target: str) -> None:
-    """Point a symbolic link at target, in one rename."""
-    if link.is_symlink() and os.readlink(link) == target:
-        return
-    temporary = link.with_name(link.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
-    sync_folder(link.parent)
+    """Point a symbolic link to target, in one rename."""
+    if not points_to(link, target):
+        temporary = link.with_name(link.name + ".tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+        sync_folder(link.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -480,7 +481,7 @@ class Trainer:
 def start(config: TrainConfig, processes: Processes, corpus: data.Corpus,
           resume: bool) -> tuple[Trainer, int]:
     """A Trainer and the number of its steps already done."""
-    folder, step = config.folder, 0
+    folder = config.folder
     if resume:
         state = read_state(folder)
         for f in dataclasses.fields(config):
@@ -489,9 +490,8 @@ def start(config: TrainConfig, processes: Processes, corpus: data.Corpus,
                 raise ValueError(f"{folder} was trained with {f.name} {old!r}, not {new!r}: "
                                  "resume with the flags that it was started with")
         model = Transformer.from_pretrained(folder / "current")
-        step = state["step"]
     else:
-        model = build(config, corpus.tokenizer)
+        state, model = {"step": 0}, build(config, corpus.tokenizer)
     trainer = Trainer(model.to(processes.device), config, processes)
     if resume:
         trainer.optimizer.load_state_dict(state["optimizer"])
@@ -503,8 +503,8 @@ def start(config: TrainConfig, processes: Processes, corpus: data.Corpus,
         if not resume:
             set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        truncate_metrics(folder / "metrics.jsonl", step)
-    return trainer, step
+        truncate_metrics(folder / "metrics.jsonl", state["step"])
+    return trainer, state["step"]
 
 
 def train(config: TrainConfig, processes: Processes, resume: bool, command: str) -> bool:
@@ -535,11 +535,10 @@ def train(config: TrainConfig, processes: Processes, resume: bool, command: str)
             trainer.step(batch, learning_rate(step, config))
 
             done = step + 1
-            interrupted = processes.any(bool(received))
-            last = done == config.steps or interrupted
-            validate = done % config.val_every == 0 or done == config.steps
-            saving = done % config.save_every == 0 or last
-            if not (done % config.log_every == 0 or validate or saving):
+            finished, interrupted = done == config.steps, processes.any(bool(received))
+            validate = finished or done % config.val_every == 0
+            saving = finished or interrupted or done % config.save_every == 0
+            if not (validate or saving or done % config.log_every == 0):
                 continue
             good, total, norm = trainer.read()
             if good < done - first:
@@ -557,11 +556,12 @@ def train(config: TrainConfig, processes: Processes, resume: bool, command: str)
             if validate:
                 with arithmetic(config, device), model.uncompiled():
                     line["val_bits_per_byte"] = validation(model)
-            report(line, config, processes)
+            if processes.rank == 0:
+                report(line, config)
             if saving:
                 save_at(done)
-            if validate and config.sample:
-                show_sample(model, corpus.tokenizer, config, processes)
+            if validate and config.sample and processes.rank == 0:
+                show_sample(model, corpus.tokenizer, config)
             if interrupted:
                 processes.say(f"interrupted; to go on: {command}")
                 return False
@@ -569,10 +569,8 @@ def train(config: TrainConfig, processes: Processes, resume: bool, command: str)
     return True
 
 
-def report(line: dict, config: TrainConfig, processes: Processes) -> None:
+def report(line: dict, config: TrainConfig) -> None:
     """A line for the reader, with the time that is left, and one for metrics.jsonl."""
-    if processes.rank:
-        return
     left = (config.steps - line["step"]) * config.batch_tokens / line["tokens_per_s"]
     speed = f"MFU {line['mfu']:.1%}" if "mfu" in line else f"{line['tflops']:.3g} TFLOP/s"
     text = (f"step {line['step']:>6}/{config.steps}  loss {line['loss']:.4f}  "
@@ -592,14 +590,12 @@ def truncate_metrics(path: Path, step: int) -> None:
                             if line.endswith(b"\n") and json.loads(line)["step"] <= step])
 
 
-def show_sample(model: Transformer, tokenizer: data.Tokenizer, config: TrainConfig,
-                processes: Processes) -> None:
-    if processes.rank == 0:
-        prompt = tokenizer.encode(config.sample)[-(config.block // 2):]     # leaves room to go on
-        with model.uncompiled():
-            new = speculative.complete(model, [prompt], min(48, config.block - len(prompt)),
-                                       temperature=0.8, seed=config.seed)[0]
-        print("  | " + tokenizer.decode(prompt + new).replace("\n", "\n  | "), flush=True)
+def show_sample(model: Transformer, tokenizer: data.Tokenizer, config: TrainConfig) -> None:
+    prompt = tokenizer.encode(config.sample)[-(config.block // 2):]         # leaves room to go on
+    with model.uncompiled():
+        new = speculative.complete(model, [prompt], min(48, config.block - len(prompt)),
+                                   temperature=0.8, seed=config.seed)[0]
+    print("  | " + tokenizer.decode(prompt + new).replace("\n", "\n  | "), flush=True)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -629,8 +625,8 @@ def run(recipe: str, overrides: dict, resume: bool, command: str) -> None:
     if recipe not in RECIPES:
         raise ValueError(f"there is no recipe {recipe!r}: expected {', '.join(RECIPES)}")
     stages = [replace(stage, **overrides) for stage in RECIPES[recipe]]
-    stages = [replace(s, **{name: getattr(s, name).replace("{out}", s.out)
-                            for name in ("data", "init")}) for s in stages]
+    stages = [replace(s, data=s.data.replace("{out}", s.out),
+                      init=s.init.replace("{out}", s.out)) for s in stages]
     if len({stage.folder for stage in stages}) < len(stages):
         raise ValueError(f"--name would put the {len(stages)} stages of {recipe} into one folder: "
                          "choose another --out instead")
