@@ -177,14 +177,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     times = list(frequency.values())
     tokens = [bytes([b]) for b in range(256)]
 
-    counts: Counter = Counter()                             # pair -> how often
+    counts = defaultdict(int)                               # pair -> how often
     where = defaultdict(set)                                # pair -> words that hold (or held) it
-    heap, fresh = [], []                                    # entries; pairs without one as yet
 
     def count(i: int, sign: int) -> None:
         for pair in zip(words[i], words[i][1:]):
-            if pair not in counts:
-                fresh.append(pair)
             counts[pair] += sign * times[i]
             where[pair].add(i)
 
@@ -196,9 +193,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     for i in range(len(words)):
         count(i, 1)
+    heap = [entry(pair) for pair in counts]
+    heapq.heapify(heap)
     while len(tokens) < vocab_size - 1:
-        while fresh:
-            heapq.heappush(heap, entry(fresh.pop()))
         if not heap or heap[0][0] == 0:
             raise ValueError(f"the text yields a vocabulary of {len(tokens) + 1} entries, not the "
                              f"{vocab_size} asked for: add text or ask for fewer")
@@ -206,9 +203,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         if times_seen != -counts[pair]:                     # merges only make older pairs rarer
             heapq.heapreplace(heap, entry(pair))
             continue
-        new = len(tokens)
+        new, changed = len(tokens), where.pop(pair)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in where.pop(pair):
+        for i in changed:
             count(i, -1)
             old, words[i] = words[i], []
             for token in old:
@@ -217,6 +214,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
                 else:
                     words[i].append(token)
             count(i, 1)
+        for fresh in {p for i in changed for p in zip(words[i], words[i][1:]) if new in p}:
+            heapq.heappush(heap, entry(fresh))
     return Tokenizer(tokens)
 
 
