@@ -56,11 +56,6 @@ import numpy as np
 import regex  # tiktoken depends on it: the same syntax of patterns, \p{L} included
 import tiktoken
 
-try:
-    import fcntl
-except ImportError:                 # Windows
-    fcntl = None
-
 
 @contextmanager
 def room_for(path: Path) -> Iterator[None]:
@@ -513,6 +508,7 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
     progress.json says how much of each .bin is valid and which record comes next; what lies behind
     that is cut off, so the bytes are the same wherever a run was killed.
     """
+    import fcntl                    # here, so that without POSIX the rest of this file works
     sources = list(sources)
     out, found = Path(out).expanduser(), dict(map(find, sources))
     if not found or len(found) < len(sources):
@@ -530,8 +526,7 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
                  for source in found}}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "wb") as lock:
-        if fcntl:                   # a second run waits for the first, and finds its work done
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)    # a second run waits for the first, and finds it done
         for note in (out / "manifest.json", out / "progress.json"):
             if note.exists():
                 old = json.loads(note.read_bytes())
@@ -552,7 +547,6 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
 
 
 # ------------------------------------------------------------------------ corpus and loader
-
 
 class Corpus:
     """One split of a prepared folder: a memory-mapped array of tokens for each source.
@@ -696,7 +690,6 @@ class Loader:
 
 # --------------------------------------------------------- tokenizers in files, and Llama-2's
 
-
 def read_tiktoken(content: bytes) -> Tokenizer:
     """Read a .tiktoken file: lines of a token in base64 and its rank."""
     lines = [line.split() for line in content.splitlines()]
@@ -711,8 +704,7 @@ def read_tiktoken(content: bytes) -> Tokenizer:
 def byte_level_json(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Our tokenizer's files for transformers."""
     # JSON has no bytes. GPT-2 writes them as Latin-1, and from U+0100 on those without a glyph.
-    hidden = [*range(33), *range(127, 161), 173]
-    glyphs = {byte: 256 + i for i, byte in enumerate(hidden)}
+    glyphs = dict(zip([*range(33), *range(127, 161), 173], itertools.count(256)))
     names = {token.decode("latin-1").translate(glyphs): rank
              for token, rank in tokenizer.ranks.items()}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
@@ -978,7 +970,6 @@ def fetch(task: str, out: str | Path) -> None:
 
 
 # --------------------------------------------------------------------------------- command line
-
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
