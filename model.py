@@ -529,6 +529,15 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                      "of its shards): expected a checkpoint folder")
 
 
+def writable(path: str | Path) -> Path:
+    """The path of a file to be written later: ValueError now rather than after hours of work."""
+    path = Path(path)
+    if not path.name or not path.parent.is_dir() or path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} cannot be written: expected the name of a file, in a "
+                         "folder that exists")
+    return path
+
+
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
     """Write byte chunks to a temporary neighbour, sync it to the disk, then rename it to path.
 

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Corpus, Tokenizer, load_tokenizer
-from model import Cache, Transformer, prepare_for_decoding, resolve_device, write_atomically
+from model import (Cache, Transformer, prepare_for_decoding, resolve_device, writable,
+                   write_atomically)
 
 
 # ---------------------------------------------------------------------- distributions and the rule
@@ -48,8 +49,8 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # Differences are divided, not logits, and by a number that float32 holds: no overflow near 0.
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+    # Near 0 nothing overflows: differences are divided, and by a number that float32 can hold.
+    temperature, top_p = (max(x, torch.finfo(torch.float32).tiny) for x in (temperature, top_p))
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
@@ -556,13 +557,25 @@ def compare(target: Transformer, draft: Transformer, prompts: list[list[int]], m
 
 # ------------------------------------------------------------------------------------ command line
 
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): "
+                         "convert it") from None
+
+
 def load(folder: str, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
     model = Transformer.from_pretrained(folder, device, dtype)
     tokenizer = load_tokenizer(folder)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.n_vocab} entries, the model "
                          f"{model.config.vocab_size}: use the tokenizer that it was trained with")
-    return prepare_for_decoding(model), tokenizer
+    prepare_for_decoding(model)
+    if not model(torch.zeros(1, 1, dtype=torch.int64, device=device)).isfinite().all():
+        raise ValueError(f"{folder}: the logits are not finite in {dtype}: the weights are "
+                         "damaged, or too large for this --dtype")
+    return model, tokenizer
 
 
 def load_pair(target: str, draft: str, device: torch.device, dtype: torch.dtype):
@@ -676,18 +689,23 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"speculative.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nspeculative.py: interrupted\n")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.gamma != "auto" and not args.gamma.isdecimal():
         raise ValueError(f"--gamma is {args.gamma!r}: expected a number or auto")
     gamma = args.gamma if args.gamma == "auto" else int(args.gamma)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}: expected at least 1")
     if "" in (args.stop or ()):
         raise ValueError("--stop is empty, which every text contains: give a string to stop at")
+    path = args.json and writable(args.json)
     device = resolve_device(args.device)
     target, draft, tokenizer = load_pair(args.target, args.draft, device,
                                          getattr(torch, args.dtype))
-    text = Path(args.prompt_file).read_text() if args.prompt_file else args.prompt
+    text = read_text(args.prompt_file) if args.prompt_file else args.prompt
     prompts = (held_out_prompts(Path(args.data), tokenizer, 16, 64) if text is None
                else [tokenizer.encode(text)])
     if text is not None and target.config.bos_token_id is not None:
@@ -722,8 +740,8 @@ def run(args: argparse.Namespace) -> None:
             results["sampled"] = figures
         else:
             results = figures
-    if args.json:
-        write_atomically(Path(args.json), [json.dumps(results, indent=2).encode() + b"\n"])
+    if path:
+        write_atomically(path, [json.dumps(results, indent=2).encode() + b"\n"])
 
 
 if __name__ == "__main__":

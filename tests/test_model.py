@@ -288,6 +288,7 @@ def test_packing_changes_no_logits():
 
 
 @pytest.mark.parametrize("size", [48, 5000])    # the longer one is stored on its way
+@torch.no_grad()
 def test_one_row_as_sums_is_norm_and_product(size):
     generator = torch.Generator().manual_seed(0)
     norm, matrices = RMSNorm(size, 1e-2).double(), [Linear(size, n).double() for n in (7, 3)]

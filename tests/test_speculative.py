@@ -58,8 +58,9 @@ def test_warp_equals_the_oracle(temperature, top_k, top_p):
 
 def test_warp_is_float32_at_least_and_survives_extremes():
     assert warp(torch.zeros(4, dtype=torch.bfloat16), 1.0).dtype == torch.float32
-    p = warp(torch.tensor([1e30, -1e30, 0.0]), 1e-30)
-    assert p.tolist() == [1, 0, 0], f"a tiny temperature overflowed: {p}"
+    for settings in ((1e-30,), (1e-320,), (1.0, 0, 1e-320)):
+        p = warp(torch.tensor([1e30, -1e30, 0.0]), *settings)
+        assert p.tolist() == [1, 0, 0], f"a tiny temperature or top_p {settings} overflowed: {p}"
 
 
 def test_sample_equals_the_oracle_and_never_draws_the_impossible():
@@ -442,12 +443,13 @@ def test_held_out_prompts_end_with_a_functions_head(tmp_path):
     (("--target", "nowhere"), "nowhere"), (("--draft", "stranger"), "another vocabulary"),
     (("--target", "small"), "270 entries"), (("--device", "quantum"), "quantum"),
     (("--gamma", "0"), "gamma"), (("--gamma", "many"), "expected a number or auto"),
-    (("--prompt", "x" * 99), "shorten the prompt"), (("--max-new-tokens", "0"), "max_new_tokens"),
+    (("--prompt", "x" * 99), "shorten the prompt"), (("--max-new-tokens", "0"), "max-new-tokens"),
     (("--top-p", "2"), "top_p"), (("--temperature", "nan"), "temperature nan"),
     (("--device", "meta"), "meta"), (("--bogus",), "--bogus"), (("--seed", "one"), "--seed"),
     (("--prompt-file", "nowhere"), "not allowed with"), (("--seed", "-1"), "the seed is -1"),
     (("--gamma", "65"), "gamma is 65"), (("--stop", ""), "--stop is empty"),
-    (("--graphs",), "graphs are for a GPU")])
+    (("--graphs",), "graphs are for a GPU"), (("--json", "no/folder"), "in a folder that exists"),
+    (("--json", "/dev/null"), "name of a file"), (("--json", "."), "name of a file")])
 def test_a_mistake_is_one_sentence_and_exit_code_2(folders, capsys, flags, words):
     flags = [str(folders / f) if f.isalpha() and (folders / f).is_dir() else f
              for f in flags]
