@@ -37,6 +37,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -56,7 +57,7 @@ class Question(NamedTuple):
     answers: list[str]                  # the choices themselves
     gold: int                           # which of them is right
     place: str = ""                     # file:line
-    subject: str = ""                   # of MMLU
+    heading: str = ""                   # what MMLU puts before all examples: it names the subject
 
 
 def choose(context: str, choices: list[str], gold: int) -> Question:
@@ -104,9 +105,11 @@ def wsc(row: dict) -> Question:
 
 
 def mmlu(row: dict) -> Question:
-    options = "\n".join(f"{letter}. {row['choices'][i]}" for i, letter in enumerate("ABCD"))
-    question = choose(f"{row['question'].strip()}\n{options}\nAnswer:", list("ABCD"), row["answer"])
-    return question._replace(subject=row["subject"].replace("_", " "))
+    a, b, c, d = row["choices"]
+    question = choose(f"{row['question'].strip()}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:",
+                      list("ABCD"), row["answer"])
+    return question._replace(heading="The following are multiple choice questions (with answers) "
+                             f"about {row['subject'].replace('_', ' ')}.\n\n")
 
 
 def lambada_openai(row: dict) -> Question:
@@ -122,9 +125,19 @@ def arc(row: dict) -> Question:
 
 
 def logiqa(row: dict) -> Question:
-    choices = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", row["options"]))
-    return choose(f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n{choices}"
-                  "Answer:", row["options"], "abcd".index(row["label"]))
+    a, b, c, d = row["options"]
+    return choose(f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\nA. {a}\n"
+                  f"B. {b}\nC. {c}\nD. {d}\nAnswer:", row["options"], "abcd".index(row["label"]))
+
+
+def logiqa_row(block: bytes) -> dict:
+    """A row as LogiQA's authors published it: a blank line, the right letter, and six texts."""
+    def tidy(text: str) -> str:
+        return text.replace(".", ". ").strip()
+
+    _, letter, context, question, *options = block.decode().split("\n")
+    return {"label": letter.strip(), "context": tidy(context), "question": tidy(question),
+            "options": [tidy(option[2:]) for option in options]}
 
 
 def hellaswag(row: dict) -> Question:
@@ -138,19 +151,20 @@ def hellaswag(row: dict) -> Question:
 
 class Task(NamedTuple):
     prompt: Callable[[dict], Question]
-    split: str              # what the name of the file with the rows says
-    amd: float              # AMD-Llama-135m's published accuracy, at 0 shots and without BOS
+    split: str                  # what the name of the file with the rows says
+    amd: float                  # AMD-Llama-135m's published accuracy, at 0 shots and without BOS
     metrics: tuple = ("acc",)
+    examples: str = "train"     # the split that solved examples are taken from
 
 
-TWO = ("acc", "acc_norm")   # the second divides log-likelihoods by the choices' characters
+TWO = ("acc", "acc_norm")       # the second divides log-likelihoods by the choices' characters
 TASKS = {
     "sciq": Task(sciq, "test|valid", 0.7610, TWO),      # the test split where it is there
     "winogrande": Task(winogrande, "valid", 0.5012),
     "piqa": Task(piqa, "valid", 0.6420, TWO),
     "wsc": Task(wsc, "valid", 0.3654),
-    "mmlu": Task(mmlu, "test", 0.2302),
-    "lambada_openai": Task(lambada_openai, "test", 0.3330),
+    "mmlu": Task(mmlu, "test", 0.2302, examples="dev"),
+    "lambada_openai": Task(lambada_openai, "test", 0.3330, examples="test"),    # it has no other
     "arc_easy": Task(arc, "test", 0.4364, TWO),
     "arc_challenge": Task(arc, "test", 0.1911, TWO),
     "logiqa": Task(logiqa, "test", 0.2120, TWO),
@@ -158,78 +172,66 @@ TASKS = {
 }
 
 
-def read_rows(folder: Path, split: str) -> Iterator[tuple[str, dict]]:
-    """Each row, in the Hub's fields, of FOLDER/*SPLIT*.jsonl, with its "file:line"."""
+@contextmanager
+def reading(name: str | Path, expected: str) -> Iterator[None]:
+    """Makes whatever a broken file raises one sentence that names it and says what was expected."""
+    try:
+        yield
+    except (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is not {expected} ({error!r:.200})") from None
+
+
+def find_rows(folder: Path, split: str) -> list[Path]:
+    """A task's files FOLDER/*SPLIT*.jsonl or .txt; of "a|b", those of b only where a has none."""
     for wanted in split.split("|"):
         files = sorted(file for file in folder.glob("*.*")
                        if file.suffix in (".jsonl", ".txt") and wanted in file.stem.lower())
         if files:
-            break
-    else:
-        raise ValueError(f"{folder} holds no *{wanted}*.jsonl: put the task's rows there, or fetch "
-                         f"them with `python data.py fetch {folder.name}`")
-
-    def tidy(text: str) -> str:
-        return text.replace(".", ". ").strip()
-
-    for file in files:
-        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        if file.suffix == ".txt":       # LogiQA's own form: a blank line, the letter, 6 texts
-            for i in range(0, len(lines) - 7, 8):
-                _, letter, context, question, *options = lines[i:i + 8]
-                yield f"{file}:{i + 2}", {
-                    "label": letter.strip(), "context": tidy(context), "question": tidy(question),
-                    "options": [tidy(option[2:]) for option in options]}
-            continue
-        for number, line in enumerate(lines, 1):
-            try:
-                yield f"{file}:{number}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}:{number}: not a JSON object ({error})") from None
+            return files
+    raise ValueError(f"{folder} holds no *{wanted}*.jsonl: put the task's rows there, or fetch "
+                     f"them with `python data.py fetch {folder.name}`")
 
 
-def build(data: Path, name: str, shots: int = 0, limit: int | None = None) -> list[Question]:
-    """The questions of DATA/NAME, each behind `shots` solved examples."""
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: expected all, or some of {','.join(TASKS)}")
-
-    def read(split: str) -> list[Question]:
-        questions = []
-        for place, row in read_rows(data / name, split):
-            try:
+def read_questions(data: Path, name: str, split: str) -> list[Question]:
+    questions = []
+    for file in find_rows(data / name, split):
+        size, parse = (8, logiqa_row) if file.suffix == ".txt" else (1, json.loads)
+        lines = file.read_bytes().rstrip().split(b"\n")
+        for i in range(0, len(lines), size):
+            place = f"{file}:{i + 1}"
+            with reading(place, f"a row of {name}, with the Hub's fields and choices that are not "
+                         "empty, one of them right"):
+                row = parse(b"\n".join(lines[i:i + size]))
                 question = TASKS[name].prompt(row)._replace(place=place)
                 if not (0 <= question.gold < len(question.answers) and all(question.answers)):
                     raise ValueError(f"choice {question.gold} of {question.answers} is right")
-            except (AttributeError, LookupError, TypeError, ValueError) as error:
-                raise ValueError(f"{place}: not a row of {name} ({error!r}): expected the Hub's "
-                                 "fields, choices that are not empty and a right one") from None
             questions.append(question)
-        return questions
+    return questions
 
-    questions = read(TASKS[name].split)[:limit]
-    # LAMBADA has no other rows than the test's. Examples are drawn as the harness draws them, from
-    # its seed, row by row; where a task has no test split, one more, lest it is the row itself.
-    split = {"mmlu": "dev", "lambada_openai": "test"}.get(name, "train")
-    pool, spare = read(split) if shots else [], TASKS[name].split == "valid"
-    rng = random.Random(1234)
-    for i, question in enumerate(questions):
-        head, choice = "", pool
-        if name == "mmlu":              # the first examples of the subject, none drawn
-            head = ("The following are multiple choice questions (with answers) about "
-                    f"{question.subject}.\n\n")
-            choice = [x for x in pool if x.subject == question.subject]
-        if shots and len(choice) < shots + spare:
-            raise ValueError(f"{data / name} has {len(choice)} {split} rows for {question.place}, "
-                             f"too few for {shots} shots")
-        if shots and name != "mmlu":
-            choice = [x for x in rng.sample(pool, shots + spare)
-                      if not spare or x.requests != question.requests]
-        for example in choice[:shots]:
-            context, continuation = example.requests[example.gold]
+
+def build(data: Path, name: str, shots: int = 0, limit: int | None = None) -> list[Question]:
+    """The questions of DATA/NAME, each behind its heading and `shots` solved examples."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: expected all, or some of {','.join(TASKS)}")
+    task, pools, questions = TASKS[name], defaultdict(list), []
+    for example in read_questions(data, name, task.examples) if shots else []:
+        pools[example.heading].append(example)
+    # Examples are drawn as the harness draws them, from its seed, row by row; where a task has no
+    # test split, one more, lest it is the row itself. MMLU's are the first of their subject.
+    rng, spare = random.Random(1234), task.split == "valid"
+    for question in read_questions(data, name, task.split)[:limit]:
+        pool = pools[question.heading]
+        drawn = pool if name == "mmlu" else rng.sample(pool, min(len(pool), shots + spare))
+        drawn = [x for x in drawn if not spare or x.requests != question.requests][:shots]
+        if len(drawn) < shots:
+            raise ValueError(f"{data / name} has {len(pool)} {task.examples} rows for "
+                             f"{question.place}, too few for {shots} shots besides the row itself")
+        head = question.heading
+        for context, continuation in (x.requests[x.gold] for x in drawn):
             # (The harness puts two spaces before the word that LAMBADA's examples end with.)
             head += context + " " * (name == "lambada_openai") + continuation + "\n\n"
-        questions[i] = question._replace(requests=[
-            (head + context, continuation) for context, continuation in question.requests])
+        questions.append(question._replace(requests=[
+            (head + context, continuation) for context, continuation in question.requests]))
     return questions
 
 
@@ -252,22 +254,23 @@ def fingerprint(requests: list) -> str:
 def grade(name: str, questions: list[Question],
           scores: list[list[tuple[float, bool]]]) -> tuple[dict, list[dict]]:
     """A task's scores and one record a row, from each request's (log-likelihood, is greedy)."""
-    rows, answers = [], set()
-    for question, score in zip(questions, scores):
-        sums = [logp for logp, _ in score]
+    rows, given = [], set()
+    for question, found in zip(questions, scores):
+        sums = [logp for logp, _ in found]
         row = {"task": name, "row": question.place, "gold": question.gold, "log_likelihoods": sums}
-        if len(sums) == 1:
-            row["acc"] = int(score[0][1])
-        else:                           # index() takes the first of equals
+        if len(found) == 1:
+            row["acc"] = int(found[0][1])
+        else:                           # argmax takes the first of equals
+            best = np.argmax(sums)
             per_character = [logp / len(text) for logp, text in zip(sums, question.answers)]
-            row["acc"] = int(sums.index(max(sums)) == question.gold)
-            row["acc_norm"] = int(per_character.index(max(per_character)) == question.gold)
-            answers.add(question.answers[sums.index(max(sums))])
+            row["acc"] = int(best == question.gold)
+            row["acc_norm"] = int(np.argmax(per_character) == question.gold)
+            given.add(question.answers[best])
         rows.append(row)
     n, result = len(rows), {}
     for metric in TASKS[name].metrics:
         result[metric], result[metric + "_stderr"] = mean_and_error(
-            [row[metric] for row in rows], [question.subject for question in questions])
+            [row[metric] for row in rows], [question.heading for question in questions])
     if name == "lambada_openai":
         result["perplexity"] = math.exp(-sum(row["log_likelihoods"][0] for row in rows) / n)
     right = Counter(question.answers[question.gold] for question in questions)
@@ -275,7 +278,7 @@ def grade(name: str, questions: list[Question],
         "n": n, "chance": sum(1 / len(x.answers) for x in questions if len(x.answers) > 1) / n,
         # What a model scores that gives one text, the best one, as the answer to everything.
         "best_constant": max(right.values()) / n,
-        "always": answers.pop() if n > 1 and len(answers) == 1 else None, "amd": TASKS[name].amd,
+        "always": given.pop() if n > 1 and len(given) == 1 else None, "amd": TASKS[name].amd,
         "sha256": fingerprint([pair for question in questions for pair in question.requests])}, rows
 
 

@@ -619,12 +619,13 @@ def test_fetched_rows_are_where_evaluate_looks_for_them(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     data.main(["fetch", "all", "--out", str(tmp_path)])
     for name, task in evaluate.TASKS.items():
-        rows = [row for _, row in evaluate.read_rows(tmp_path / name, task.split)]
+        [file] = evaluate.find_rows(tmp_path / name, task.split)
+        rows = [json.loads(row) for row in file.read_bytes().splitlines()]
         path, _, scored, *examples = data.BENCHMARKS[name]
         assert rows == [{"path": path, "split": scored, "text": "a\u2028b\n\u00e9"} | problem], name
         assert (scored == "test") == task.split.startswith("test"), f"{name}: the wrong split"
         for split in examples:
-            assert list(evaluate.read_rows(tmp_path / name, split)), f"{name}: no examples"
+            assert evaluate.find_rows(tmp_path / name, split), f"{name}: no examples"
     assert [problem["split"] for problem in evaluate.read_problems(tmp_path)] == ["test"]
     assert set(data.BENCHMARKS) == {*evaluate.TASKS, "humaneval"}
     assert ("cais/mmlu", "all", "dev") in asked and ("EleutherAI/logiqa", "logiqa", "test") in asked

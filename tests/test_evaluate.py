@@ -124,6 +124,15 @@ def test_logiqa_is_read_in_the_form_it_was_published_in(tmp_path):
     assert first.gold == 1
 
 
+def test_a_row_of_logiqa_that_is_not_whole_is_named(tmp_path):
+    (tmp_path / "logiqa").mkdir()
+    row = "\nb\nAll A are B.Why?\nWhat follows?\nA.B is A.\nB.Some A is B.\nC.No A.\nD.No B.\n"
+    for part in (row.removesuffix("D.No B.\n"), "\nb\n"):
+        (tmp_path / "logiqa" / "Test.txt").write_text(row + part)
+        with pytest.raises(ValueError, match="Test.txt:9 is not a row of logiqa"):
+            build(tmp_path, "logiqa")
+
+
 def test_a_wsc_span_that_is_no_substring_and_cannot_be_mended_stays_as_it_is():
     row = ROWS["wsc"][0] | {"span1_text": "Kamenev and Zinoviev"}
     assert '"*Kamenev and Zinoviev*"' in TASKS["wsc"].prompt(row).requests[0][0]
@@ -167,6 +176,8 @@ def test_too_few_rows_for_the_shots_are_refused(tmp_path):
     write_rows(write_rows(tmp_path, "piqa", [row]), "piqa", [row] * 3, "train")
     with pytest.raises(ValueError, match="3 train rows for .*too few for 3 shots"):
         build(tmp_path, "piqa", shots=3)
+    with pytest.raises(ValueError, match="too few for 2 shots besides the row itself"):
+        build(tmp_path, "piqa", shots=2)    # 2 + 1 are drawn, and all three are the question
 
 
 # ------------------------------------------------------------------------------ tokens and windows
@@ -508,15 +519,19 @@ def test_runs_are_drawn_as_svg(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n{"go', "valid.jsonl:2: not a JSON"),
-    ('{"goal": "g", "sol1": "a", "label": 0}\n', "valid.jsonl:1: not a row of piqa"),
-    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": -1}\n', "valid.jsonl:1: not a row"),
-    ('{"goal": "g", "sol1": "", "sol2": "b", "label": 0}\n', "valid.jsonl:1: not a row"),
-    ("[1, 2]\n", "valid.jsonl:1: not a row of piqa"),
+    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n{"go',
+     "valid.jsonl:2 is not a row of piqa"),
+    ('{"goal": "g", "sol1": "a", "label": 0}\n', "valid.jsonl:1 is not a row of piqa"),
+    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": -1}\n', "valid.jsonl:1 is not a row"),
+    ('{"goal": "g", "sol1": "", "sol2": "b", "label": 0}\n', "valid.jsonl:1 is not a row"),
+    ("[1, 2]\n", "valid.jsonl:1 is not a row of piqa"),
+    ("", "valid.jsonl:1 is not a row of piqa"),
+    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n"\xff"',
+     "valid.jsonl:2 is not a row of piqa"),
 ])
 def test_a_malformed_row_is_named(content, complaint, checkpoint, tmp_path, capsys):
     (tmp_path / "rows" / "piqa").mkdir(parents=True)
-    (tmp_path / "rows" / "piqa" / "valid.jsonl").write_text(content)
+    (tmp_path / "rows" / "piqa" / "valid.jsonl").write_bytes(content.encode("latin-1"))
     assert complaint in refuses(capsys, checkpoint("a"), "--tasks", "piqa",
                                 "--data", str(tmp_path / "rows"))
 
