@@ -22,7 +22,6 @@ import argparse
 import gzip
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -455,6 +454,9 @@ def settings_of(args, model: Transformer, tokenizer: Tokenizer) -> dict:
     """What two runs must share to be compared, and what else one will want to know later."""
     if args.bos and tokenizer.bos_id is None:
         raise ValueError("--bos: the checkpoint's tokenizer has no BOS token; leave --bos out")
+    if args.json and (args.json.endswith(".jsonl") or not Path(args.json).parent.is_dir()):
+        raise ValueError(f"--json {args.json}: expected a name in a folder that is there, and not "
+                         "ending in .jsonl, as that of the rows beside it does")
     return vars(args) | {
         "max_len": model.config.max_position_embeddings, "device": str(model.device),
         "tokenizer": tokenizer.sha256, "python": platform.python_version(),
@@ -517,29 +519,37 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / 2 ** n)
 
 
+def read_run(path: str) -> tuple[dict, dict[str, list[int]]]:
+    """What another run must share to be compared with this one, and by task each row's "acc"."""
+    solved = defaultdict(list)
+    with reading(f"{path} with its .jsonl", "what evaluate.py --json writes"):
+        report = json.loads(Path(path).read_bytes())
+        for row in map(json.loads, Path(path).with_suffix(".jsonl").open("rb")):
+            if "acc" in row:
+                solved[row["task"]].append(row["acc"])
+        facts = {key: report["settings"][key] for key in ("bos", "dtype", "max_len")}
+        return facts | {f"{name} (sha256, rows)": (report["tasks"][name]["sha256"], len(rows))
+                        for name, rows in solved.items()}, solved
+
+
 def run_compare(args) -> None:
     """Row against row: most of the spread of a score is the rows', and that the two share."""
-    runs, rows = [], []
-    for path in map(Path, (args.a, args.b)):
-        runs.append(json.loads(path.read_text(encoding="utf-8")))
-        rows.append([json.loads(row) for row in path.with_suffix(".jsonl").open(encoding="utf-8")])
-    names = [name for name in runs[0].get("tasks", ()) if name in runs[1].get("tasks", ())]
+    (facts_a, solved_a), (facts_b, solved_b) = read_run(args.a), read_run(args.b)
+    names = [name for name in solved_a if name in solved_b]
     if not names:
-        raise ValueError(f"{args.a} and {args.b} have no task in common: run both with --tasks")
-    facts = [{key: run["settings"][key] for key in ("bos", "dtype", "max_len")} |
-             {f"sha256 of {name}": run["tasks"][name]["sha256"] for name in names} for run in runs]
-    for key, value in facts[0].items():
-        if value != facts[1][key]:
-            raise ValueError(f"{key} is {value} in {args.a} and {facts[1][key]} in {args.b}: only "
+        raise ValueError(f"{args.a} and {args.b} have no task in common: run both with --tasks, or "
+                         "with --allow-code-execution")
+    for key, value in facts_a.items():
+        if value != facts_b.get(key, value):
+            raise ValueError(f"{key} is {value} in {args.a} and {facts_b[key]} in {args.b}: only "
                              "what was measured alike can be compared; run one of them again")
     line("task", "A", "B", "B - A", "stderr", "only A", "only B", "p")
     for name in names:
-        a, b = ([row["acc"] for row in run if row["task"] == name and "acc" in row] for run in rows)
-        if a and len(a) == len(b):
-            change, error = mean_and_error([y - x for x, y in zip(a, b)])
-            only_a, only_b = sum(map(int.__gt__, a, b)), sum(map(int.__lt__, a, b))
-            line(name, sum(a) / len(a), sum(b) / len(b), change, error, only_a, only_b,
-                 mcnemar(only_a, only_b))
+        a, b = solved_a[name], solved_b[name]
+        change, error = mean_and_error([y - x for x, y in zip(a, b)])
+        only_a, only_b = sum(map(int.__gt__, a, b)), sum(map(int.__lt__, a, b))
+        line(name, sum(a) / len(a), sum(b) / len(b), change, error, only_a, only_b,
+             mcnemar(only_a, only_b))
 
 
 # -------------------------------------------------------------------------------------- HumanEval
@@ -571,18 +581,12 @@ def has_stop(text: str) -> bool:
 
 def read_problems(data: str) -> list[dict]:
     path = Path(data) / "humaneval" / "HumanEval.jsonl.gz"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: put the problems there, or fetch them with "
-                         "`python data.py fetch humaneval`")
-    try:
+    with reading(path, "gzipped JSONL of problems with task_id, prompt, test and entry_point: put "
+                 "that there, or fetch it with `python data.py fetch humaneval`"):
         problems = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-        good = problems and all(isinstance(problem[key], str) for problem in problems
-                                for key in ("task_id", "prompt", "test", "entry_point"))
-    except (OSError, EOFError, ValueError, LookupError, TypeError):
-        good = False
-    if not good:
-        raise ValueError(f"{path} is not gzipped JSONL of problems with task_id, prompt, test and "
-                         "entry_point: fetch it again")
+        if not problems or not all(isinstance(problem[key], str) for problem in problems
+                                   for key in ("task_id", "prompt", "test", "entry_point")):
+            raise ValueError("no problems, or one with a field that is no string")
     return problems
 
 
@@ -773,19 +777,20 @@ def run_program(program: str, tests: str, entry_point: str, seconds: int = 10) -
 
 def run_plot(args) -> None:
     """Loss and held-out bits per byte of train.py's runs, speed-up of speculative.py's --json."""
-    panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    panels: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for run in map(Path, args.runs):
-        if run.is_dir():
-            for row in map(json.loads, (run / "metrics.jsonl").open(encoding="utf-8")):
-                for key, label in (("loss", "training loss, nats per token"),
-                                   ("val_bits_per_byte", "held-out bits per byte")):
-                    if key in row:
-                        panels[label, "tokens"][run.name].append((row["tokens"], row[key]))
-        else:
-            figures = json.loads(run.read_text(encoding="utf-8"))
-            if not isinstance(figures.get("gamma"), int):
-                raise ValueError(f"{run} has no number gamma: expected what `python speculative.py "
-                                 "--gamma N --json FILE` writes, or a folder of train.py")
+        with reading(run, "a folder of train.py, or what `python speculative.py --gamma N --json "
+                     "FILE` writes"):
+            if run.is_dir():
+                for row in map(json.loads, (run / "metrics.jsonl").open("rb")):
+                    for key, label in (("loss", "training loss, nats per token"),
+                                       ("val_bits_per_byte", "held-out bits per byte")):
+                        if key in row:
+                            panels[label, "tokens"][run.name].append((row["tokens"], row[key]))
+                continue
+            figures = json.loads(run.read_bytes())
+            if not isinstance(figures["gamma"], int):
+                raise TypeError(f"gamma is {figures['gamma']!r}, no number")
             for label, part in (("greedy", figures), ("sampled", figures.get("sampled"))):
                 if part:
                     panels["speed-up", "gamma"][label].append((part["gamma"], part["speedup"]))
@@ -803,9 +808,7 @@ def run_plot(args) -> None:
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
         axis.legend()
-    svg = io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    write_atomically(Path(args.out), [svg.getvalue()])
+    figure.savefig(args.out, format="svg", metadata={"Date": None})
     print(f"wrote {args.out}")
 
 

@@ -449,6 +449,9 @@ def test_comparing_pairs_the_rows_and_refuses_what_was_measured_differently(
         only_a, only_b, evaluate.mcnemar(only_a, only_b)], abs=1e-4)
     assert "max_len is 64" in refuses(capsys, "compare", files["a"], files["short"])
     assert "sha256" in refuses(capsys, "compare", files["a"], files["fewer"])
+    rows = Path(files["b"]).with_suffix(".jsonl")
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:7]))
+    assert "arc_easy (sha256, rows) is" in refuses(capsys, "compare", files["a"], files["b"])
 
 
 def test_held_out_documents_of_prepared_data_are_scored_by_source(
@@ -543,22 +546,32 @@ def test_a_malformed_row_is_named(content, complaint, checkpoint, tmp_path, caps
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--bos"], "has no BOS token"),
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--shots", "2"], "*train*.jsonl"),
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--shots", "-1"], "--shots is -1"),
+    (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--json", "run.jsonl"], "in .jsonl"),
+    (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--json", "nowhere/run.json"],
+     "--json nowhere/run.json: expected a name in a folder that is there"),
     (["CHECKPOINT", "--text", "nothing.txt"], "nothing.txt"),
     (["nowhere", "--tasks", "arc_easy", "--data", "ROWS"], "nowhere"),
     (["CHECKPOINT", "--colour"], "unrecognized arguments: --colour"),
     (["CHECKPOINT", "--limit", "ten"], "invalid positive value: 'ten'"),
     (["CHECKPOINT", "--limit", "0"], "0 is less than 1"),
-    (["humaneval", "--target", "CHECKPOINT", "--data", "ROWS"], "HumanEval.jsonl.gz is missing"),
+    (["humaneval", "--target", "CHECKPOINT", "--data", "ROWS"], "HumanEval.jsonl.gz is not"),
     (["compare", "a.json", "b.json"], "a.json"),
     (["plot", "nowhere"], "nowhere"),
-    (["plot", "OTHER"], "has no number gamma"),
+    (["plot", "OTHER"], "(KeyError('gamma'))"),
+    (["plot", "AUTO"], "(TypeError(\"gamma is 'auto', no number\"))"),
+    (["plot", "BROKEN"], "broken.json is not a folder of train.py, or what"),
+    (["compare", "OTHER", "BROKEN"], "broken.json with its .jsonl is not what"),
+    (["compare", "OTHER", "AUTO"], "(KeyError('settings'))"),
     (["compare", "OTHER", "OTHER"], "no task in common"),
 ])
 def test_a_mistake_gets_one_sentence(argv, complaint, checkpoint, arc_data, capsys):
-    other = Path(arc_data) / "other.json"
-    other.write_text("{}")
-    other.with_suffix(".jsonl").write_text("")
-    names = {"CHECKPOINT": checkpoint("a"), "ROWS": arc_data, "OTHER": str(other)}
+    names = {"CHECKPOINT": checkpoint("a"), "ROWS": arc_data}
+    settings = {"bos": False, "dtype": "float32", "max_len": 64}
+    for name, content in (("other", json.dumps({"settings": settings})), ("broken", "{"),
+                          ("auto", '{"gamma": "auto", "speedup": 2.0}')):
+        names[name.upper()] = str(Path(arc_data) / f"{name}.json")
+        Path(names[name.upper()]).write_text(content)
+        Path(names[name.upper()]).with_suffix(".jsonl").write_text("")
     assert complaint in refuses(capsys, *(names.get(word, word) for word in argv))
 
 
