@@ -554,14 +554,14 @@ def run_compare(args) -> None:
 
 # -------------------------------------------------------------------------------------- HumanEval
 
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+STOP = re.compile(r"\n(class|def|#|if|print)")
 SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.1, "top_k": 10, "top_p": 0.95}}     # AMD's
-# AMD's published pass@1 alone and speculative, acceptance (its draft length adapts) and speed-up:
-# CodeLlama-7b drafted for by AMD-Llama-135m-code on an MI250.
-AMD = {("greedy", "float32"): (.3110, .3110, .658, 2.80),
-       ("sampled", "float32"): (.3231, .2927, .650, 2.58),
-       ("greedy", "bfloat16"): (.3415, .3353, .665, 1.75),
-       ("sampled", "bfloat16"): (.3110, .3110, .669, 1.67)}
+# AMD's published pass@1, acceptance (its draft length adapts) and speed-up: CodeLlama-7b, alone and
+# drafted for by AMD-Llama-135m-code, on an MI250.
+AMD = {("greedy", "float32"): ((.3110, None, None), (.3110, .658, 2.80)),
+       ("sampled", "float32"): ((.3231, None, None), (.2927, .650, 2.58)),
+       ("greedy", "bfloat16"): ((.3415, None, None), (.3353, .665, 1.75)),
+       ("sampled", "bfloat16"): ((.3110, None, None), (.3110, .669, 1.67))}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -571,12 +571,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def cut_at_stop(completion: str) -> str:
     """What stands before the first stop string: there the function is over."""
-    return completion[:min((completion.find(stop) for stop in STOPS if stop in completion),
-                           default=None)]
-
-
-def has_stop(text: str) -> bool:
-    return any(stop in text for stop in STOPS)
+    return STOP.split(completion, maxsplit=1)[0]
 
 
 def read_problems(data: str) -> list[dict]:
@@ -599,22 +594,23 @@ def write_programs(problems: list[dict], tokenizer: Tokenizer, args, target: Tra
     prompts = [[start_of_text(tokenizer)] * args.bos + tokenizer.encode(problem["prompt"])[-room:]
                for problem in problems]
     length = max(map(len, prompts)) + args.max_new_tokens
-    runs, decoders = [([], Stats()) for _ in drafts], []
+    runs, turns = [([], Stats()) for _ in drafts], []
     began = time.perf_counter()
     for first in range(0, len(prompts), args.batch):
         batch = prompts[first:first + args.batch]
-        if not decoders or len(batch) < args.batch:
+        if not turns or len(batch) < args.batch:        # the first batch, and a last one of fewer
             decoders = [Decoder(target, draft, args.gamma, batch=len(batch), length=length,
                                 graphs=args.graphs, **sampling) for draft in drafts]
-            for decoder in decoders:                # warm up
+            for decoder in decoders:                    # warm up
                 list(decoder.generate(batch, 8))
-        turns = list(zip(decoders, runs))
-        for decoder, (completions, stats) in turns if first // args.batch % 2 else turns[::-1]:
+            turns = list(zip(decoders, runs))
+        turns.reverse()
+        for decoder, (completions, stats) in turns:
             new = [[] for _ in batch]
             for done in decoder.generate(
                     batch, args.max_new_tokens, tokenizer.eos_id, args.seed + first, stats,
                     # Only the end is new, and no stop string has more tokens than bytes.
-                    stop=lambda row: has_stop(tokenizer.decode(row[-40:]))):
+                    stop=lambda row: STOP.search(tokenizer.decode(row[-40:]))):
                 for row, tokens in zip(new, done.tokens):
                     row += tokens
             for prompt, row in zip(batch, new):     # decoded behind its prompt: SentencePiece
@@ -651,34 +647,33 @@ def run_humaneval(args) -> None:
             "with limits, but WITH THE NETWORK: this kernel gives it no namespaces"))
     line("", "k", "pass@k", "stderr", "AMD", "accepted", "AMD", "tokens/s", "speed-up", "AMD")
     for mode, sampling in SAMPLING.items():
-        n = args.samples if sampling else 1
-        jobs = [problem for problem in problems for _ in range(n)]
-        amd = AMD.get((mode, args.dtype), (None,) * 4)
+        samples = args.samples if sampling else 1
+        jobs = [problem for problem in problems for _ in range(samples)]
         runs = write_programs(jobs, tokenizer, args, target, [None, draft] if draft else [None],
                               **sampling)
-        for (texts, stats), way in zip(runs, ("alone", "speculative")):
+        published = AMD.get((mode, args.dtype), 2 * [(None, None, None)])
+        for way, (texts, stats), (amd_pass, amd_accepted, amd_speedup) in zip(
+                ("alone", "speculative"), runs, published):
             name = f"{mode} {way}"
             records = [{"task": name, "row": job["task_id"], "completion": text}
                        for job, text in zip(jobs, texts)]
             result = {"sha256": fingerprint([job["prompt"] for job in jobs]), "caged": caged,
-                      "samples": n, "tokens_per_s": stats.tokens_per_s}
-            speed = [None, None, stats.tokens_per_s]
+                      "samples": samples, "tokens_per_s": stats.tokens_per_s}
             if way == "speculative":
                 result["accepted_per_drafted"] = stats.accepted_per_drafted
                 result["speedup"] = stats.tokens_per_s / runs[0][1].tokens_per_s
-                speed = [stats.accepted_per_drafted, amd[2], stats.tokens_per_s, result["speedup"],
-                         amd[3]]
-            if args.allow_code_execution:
-                verdicts = judge(jobs, texts)
-                records = [record | {"acc": acc} for record, acc in zip(records, verdicts)]
-                right = [sum(verdicts[i:i + n]) for i in range(0, len(jobs), n)]
-                for k in (k for k in (1, 10, 100) if k <= n):
+            verdicts = judge(jobs, texts) if args.allow_code_execution else []
+            for record, passed in zip(records, verdicts):
+                record["acc"] = passed
+            right = [sum(verdicts[i:i + samples]) for i in range(0, len(verdicts), samples)]
+            for k in (1, 10, 100):
+                if right and k <= samples:
                     result[f"pass@{k}"], result[f"pass@{k}_stderr"] = mean_and_error(
-                        [pass_at_k(n, c, k) for c in right])
-                    line(name, k, result[f"pass@{k}"], result[f"pass@{k}_stderr"],
-                         amd[way != "alone"] if k == 1 else None, *speed)
-            else:
-                line(name, None, None, None, amd[way != "alone"], *speed)
+                        [pass_at_k(samples, c, k) for c in right])
+                if k == 1 or f"pass@{k}" in result:
+                    line(name, k, result.get(f"pass@{k}"), result.get(f"pass@{k}_stderr"),
+                         amd_pass if k == 1 else None, result.get("accepted_per_drafted"),
+                         amd_accepted, stats.tokens_per_s, result.get("speedup"), amd_speedup)
             report["tasks"][name], rows = result, rows + records
         if draft and not sampling:
             print(f"greedy completions equal with and without the draft: "
@@ -831,18 +826,18 @@ def main(argv: list[str] | None = None) -> None:
     scores.add_argument("--tasks", help=f"all, or some of {','.join(TASKS)}")
     scores.add_argument("--shots", type=int, default=0, help="solved examples before each question")
     human = commands.add_parser("humaneval", help="pass@k, alone and speculative")
-    human.add_argument("--target", required=True, help="folder of a checkpoint")
-    human.add_argument("--draft", help="folder of a smaller one with the same tokenizer")
-    human.add_argument("--data", required=True, help="folder with humaneval/HumanEval.jsonl.gz")
-    human.add_argument("--samples", type=positive, default=1, help="a problem, when sampling")
-    human.add_argument("--batch", type=positive, default=1, help="problems decoded together")
-    human.add_argument("--max-new-tokens", type=positive, default=1024)
-    human.add_argument("--gamma", type=positive, default=5, help="drafted tokens a round")
-    human.add_argument("--graphs", action="store_true", help="compiled, as CUDA graphs; starts up "
-                       "for minutes")
-    human.add_argument("--seed", type=int, default=0)
-    human.add_argument("--allow-code-execution", action="store_true",
-                       help="run what the model wrote, caged as far as the kernel allows")
+    add = human.add_argument
+    add("--target", required=True, help="folder of a checkpoint")
+    add("--draft", help="folder of a smaller one with the same tokenizer")
+    add("--data", required=True, help="folder with humaneval/HumanEval.jsonl.gz")
+    add("--samples", type=positive, default=1, help="a problem, when sampling")
+    add("--batch", type=positive, default=1, help="problems decoded together")
+    add("--max-new-tokens", type=positive, default=1024)
+    add("--gamma", type=positive, default=5, help="drafted tokens a round")
+    add("--graphs", action="store_true", help="compiled, as CUDA graphs; starts up for minutes")
+    add("--seed", type=int, default=0)
+    add("--allow-code-execution", action="store_true",
+        help="run what the model wrote, caged as far as the kernel allows")
     for command in (scores, human):
         command.add_argument("--bos", action="store_true", help="put BOS before every text")
         command.add_argument("--limit", type=positive, help="only the first rows")
