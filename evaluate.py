@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,8 +46,8 @@ import torch
 from torch import Tensor
 
 from data import Corpus, Tokenizer
-from model import Cache, Transformer, resolve_device, write_atomically
-from speculative import Decoder, Stats, load, load_pair
+from model import Cache, Transformer, resolve_device, writable, write_atomically
+from speculative import Decoder, Stats, load, load_pair, read_text
 
 
 # ------------------------------------------------------------- rows to requests: the ten prompts
@@ -176,7 +177,8 @@ def reading(name: str | Path, expected: str) -> Iterator[None]:
     """Makes whatever a broken file raises one sentence that names it and says what was expected."""
     try:
         yield
-    except (AttributeError, EOFError, LookupError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, EOFError, LookupError, OSError, RecursionError, TypeError, ValueError,
+            zlib.error) as error:
         raise ValueError(f"{name} is not {expected} ({error!r:.200})") from None
 
 
@@ -202,8 +204,10 @@ def read_questions(data: Path, name: str, split: str) -> list[Question]:
                          "empty, one of them right"):
                 row = parse(b"\n".join(lines[i:i + size]))
                 question = TASKS[name].prompt(row)._replace(place=place)
-                if not (0 <= question.gold < len(question.answers) and all(question.answers)):
-                    raise ValueError(f"choice {question.gold} of {question.answers} is right")
+                answers, least = question.answers, 1 if name == "lambada_openai" else 2
+                if not (len(answers) >= least and all(answers) and
+                        question.gold in range(len(answers))):
+                    raise ValueError(f"choice {question.gold} of {answers} is right")
             questions.append(question)
     return questions
 
@@ -271,7 +275,8 @@ def grade(name: str, questions: list[Question],
         result[metric], result[metric + "_stderr"] = mean_and_error(
             [row[metric] for row in rows], [question.heading for question in questions])
     if name == "lambada_openai":
-        result["perplexity"] = math.exp(-sum(row["log_likelihoods"][0] for row in rows) / n)
+        nats = -sum(row["log_likelihoods"][0] for row in rows) / n
+        result["perplexity"] = math.exp(min(700.0, nats))       # beyond, a float overflows
     right = Counter(question.answers[question.gold] for question in questions)
     return result | {
         "n": n, "chance": sum(1 / len(x.answers) for x in questions if len(x.answers) > 1) / n,
@@ -406,6 +411,9 @@ def score(model: Transformer, questions: list[list[Request]],
     found, done, began = {}, 0, time.perf_counter()
     for batch in batches(groups, budget):
         found |= score_batch(model, batch)
+        if not all(math.isfinite(logp) for logp, _ in found.values()):
+            raise ValueError(f"{title}: a log-likelihood is not a finite number: the weights are "
+                             "broken, or too large for --dtype float16")
         done += len(batch)
         progress(title, done, len(groups), began)
     return [[found[tuple(tokens), count] for tokens, count in question] for question in questions]
@@ -454,19 +462,26 @@ def settings_of(args, model: Transformer, tokenizer: Tokenizer) -> dict:
     """What two runs must share to be compared, and what else one will want to know later."""
     if args.bos and tokenizer.bos_id is None:
         raise ValueError("--bos: the checkpoint's tokenizer has no BOS token; leave --bos out")
-    if args.json and (args.json.endswith(".jsonl") or not Path(args.json).parent.is_dir()):
-        raise ValueError(f"--json {args.json}: expected a name in a folder that is there, and not "
-                         "ending in .jsonl, as that of the rows beside it does")
+    if args.json:
+        if args.json.endswith(".jsonl"):
+            raise ValueError(f"--json {args.json}: expected a name that does not end in .jsonl, as "
+                             "that of the rows beside it does")
+        writable(args.json)
+        writable(rows_file(args.json))
     return vars(args) | {
         "max_len": model.config.max_position_embeddings, "device": str(model.device),
         "tokenizer": tokenizer.sha256, "python": platform.python_version(),
         "torch": torch.__version__}
 
 
+def rows_file(path: str) -> Path:
+    return Path(path.removesuffix(".json") + ".jsonl")
+
+
 def write_run(path: str | None, report: dict, rows: list[dict]) -> None:
     """The scores as FILE, and beside it, ending in .jsonl, one line a row."""
     if path:
-        write_atomically(Path(path).with_suffix(".jsonl"),
+        write_atomically(rows_file(path),
                          (json.dumps(row).encode() + b"\n" for row in rows))
         write_atomically(Path(path), [json.dumps(report, indent=1).encode() + b"\n"])
 
@@ -478,12 +493,14 @@ def run_scores(args) -> None:
     if names and not args.data:
         raise ValueError("--tasks needs --data DIR, which holds a folder of rows for each task")
     asked = {name: build(Path(args.data), name, args.shots, args.limit) for name in names}
-    texts = {args.text: [Path(args.text).read_text(encoding="utf-8")]} if args.text else (
+    texts = {args.text: [read_text(args.text)]} if args.text else (
         {} if names else held_out(args.data or "out/data-demo"))
     model, tokenizer = load(args.checkpoint, resolve_device(args.device),
                             getattr(torch, args.dtype))
     report = {"settings": settings_of(args, model, tokenizer), "texts": {}, "tasks": {}}
-    rows = []
+    max_len, rows = model.config.max_position_embeddings, []
+    encoded = {name: [encode(question, tokenizer, args.bos, max_len) for question in questions]
+               for name, questions in asked.items()}        # all, before hours of scoring
     if texts:
         line("source", "documents", "bytes", "bits/byte", "ppl/token", "ppl/word", "ppl/byte")
     for source, documents in texts.items():
@@ -494,8 +511,7 @@ def run_scores(args) -> None:
     if names:
         line("task", "metric", "score", "stderr", "n", "chance", "constant", "AMD", "cut")
     for name, questions in asked.items():
-        max_len = model.config.max_position_embeddings
-        requests, cuts = zip(*(encode(x, tokenizer, args.bos, max_len) for x in questions))
+        requests, cuts = zip(*encoded[name])
         result, records = grade(name, questions, score(model, requests, name))
         result["cut"] = sum(cuts)
         report["tasks"][name], rows = result, rows + records
@@ -524,12 +540,15 @@ def read_run(path: str) -> tuple[dict, dict[str, list[int]]]:
     solved = defaultdict(list)
     with reading(f"{path} with its .jsonl", "what evaluate.py --json writes"):
         report = json.loads(Path(path).read_bytes())
-        for row in map(json.loads, Path(path).with_suffix(".jsonl").open("rb")):
+        for row in map(json.loads, rows_file(path).open("rb")):
             if "acc" in row:
-                solved[row["task"]].append(row["acc"])
+                solved[row["task"]].append([0, 1].index(row["acc"]))
+        for name, found in solved.items():
+            if len(found) != report["tasks"][name]["n"]:
+                raise ValueError(f"{len(found)} rows of {name}")
         facts = {key: report["settings"][key] for key in ("bos", "dtype", "max_len")}
-        return facts | {f"{name} (sha256, rows)": (report["tasks"][name]["sha256"], len(rows))
-                        for name, rows in solved.items()}, solved
+        return facts | {f"{name} (sha256, rows)": (report["tasks"][name]["sha256"], len(found))
+                        for name, found in solved.items()}, solved
 
 
 def run_compare(args) -> None:
@@ -613,19 +632,20 @@ def write_programs(problems: list[dict], tokenizer: Tokenizer, args, target: Tra
                     stop=lambda row: STOP.search(tokenizer.decode(row[-40:]))):
                 for row, tokens in zip(new, done.tokens):
                     row += tokens
-            for prompt, row in zip(batch, new):     # decoded behind its prompt: SentencePiece
-                text = tokenizer.decode(prompt + row)   # drops the space that a text begins with
-                completions.append(cut_at_stop(text[len(tokenizer.decode(prompt)):]))
+            # As bytes: decode() would drop the space that a text of SentencePiece begins with.
+            completions += [cut_at_stop(tokenizer.decode_bytes(row).decode("utf-8", "replace"))
+                            for row in new]
         progress("HumanEval", first + len(batch), len(prompts), began)
     return runs
 
 
-def judge(problems: list[dict], completions: list[str]) -> list[int]:
-    """1 for each completion that passes its problem's tests, else 0."""
+def judge(problems: list[dict], completions: list[str]) -> tuple[list[int], bool]:
+    """1 for each completion that passes its problem's tests, else 0; and whether all were caged."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [int(passed) for passed, _ in pool.map(lambda problem, text: run_program(
+        passed, caged = zip(*pool.map(lambda problem, text: run_program(
             problem["prompt"] + text, problem["test"], problem["entry_point"]),
-            problems, completions)]
+            problems, completions))
+    return list(map(int, passed)), all(caged)
 
 
 def run_humaneval(args) -> None:
@@ -637,14 +657,14 @@ def run_humaneval(args) -> None:
     else:
         (target, tokenizer), draft = load(args.target, *place), None
     report = {"settings": settings_of(args, target, tokenizer), "tasks": {}}
-    rows, caged = [], None
+    rows = []
     if args.allow_code_execution:
         passed, caged = run_program("def f(): return 1", "def check(f): assert f() == 1", "f")
         if not passed:
             raise ValueError("this system cannot run programs with limits: HumanEval needs Linux")
         print("what the model writes runs " + (
-            "caged: no network, no other processes, no files but its own" if caged else
-            "with limits, but WITH THE NETWORK: this kernel gives it no namespaces"))
+            "caged: no network, no other processes, no files but Python's and its own" if caged else
+            "with limits, but WITH THE NETWORK AND YOUR FILES: this kernel gives it no namespaces"))
     line("", "k", "pass@k", "stderr", "AMD", "accepted", "AMD", "tokens/s", "speed-up", "AMD")
     for mode, sampling in SAMPLING.items():
         samples = args.samples if sampling else 1
@@ -657,12 +677,14 @@ def run_humaneval(args) -> None:
             name = f"{mode} {way}"
             records = [{"task": name, "row": job["task_id"], "completion": text}
                        for job, text in zip(jobs, texts)]
-            result = {"sha256": fingerprint([job["prompt"] for job in jobs]), "caged": caged,
+            result = {"sha256": fingerprint([job["prompt"] for job in jobs]), "n": len(jobs),
                       "samples": samples, "tokens_per_s": stats.tokens_per_s}
             if way == "speculative":
                 result["accepted_per_drafted"] = stats.accepted_per_drafted
                 result["speedup"] = stats.tokens_per_s / runs[0][1].tokens_per_s
-            verdicts = judge(jobs, texts) if args.allow_code_execution else []
+            verdicts = []
+            if args.allow_code_execution:
+                verdicts, result["caged"] = judge(jobs, texts)
             for record, passed in zip(records, verdicts):
                 record["acc"] = passed
             right = [sum(verdicts[i:i + samples]) for i in range(0, len(verdicts), samples)]
@@ -702,6 +724,8 @@ def cage() -> None:
     os.close(end)
     del word
     uid, gid, libc = os.geteuid(), os.getegid(), ctypes.CDLL(None)
+    end_with_parent = getattr(libc, "prctl", lambda *_: None)
+    end_with_parent(1, signal.SIGKILL)          # PR_SET_PDEATHSIG
     if uid == 0:                    # a limit on processes does not bind root: it is the real uid
         os.setresuid(65534, 0, 0)   # that counts, and the effective one that opens Python's files
     caged = hasattr(libc, "unshare") and libc.unshare(flags) == 0
@@ -711,17 +735,26 @@ def cage() -> None:
                                ("gid_map", f"0 {gid} 1")):
                 with open("/proc/self/" + name, "w") as file:
                     file.write(text)
-            # mount_setattr: what is mounted becomes read-only, but for 64 MB of memory, here.
-            read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)
-            caged = libc.syscall(442, -100, b"/", 0x8000, read_only, 32) == 0 and libc.mount(
-                b"tmpfs", b".", b"tmpfs", 0, b"size=64m,nr_inodes=1000") == 0
+            # mount_setattr: what is mounted becomes read-only, with no devices in it (1 | 2 | 4).
+            # Then 64 MB of memory become the root, and in it only Python and its libraries are
+            # mounted again (0x5000: MS_BIND | MS_REC; 0x2000: MS_MOVE).
+            failures = [libc.syscall(442, -100, b"/", 0x8000, (ctypes.c_uint64 * 4)(7), 32),
+                        libc.mount(b"tmpfs", b".", b"tmpfs", 6, b"size=64m,nr_inodes=1000")]
             os.chdir(os.getcwd())
+            for folder in {"/usr", "/lib", "/lib64", sys.base_prefix, sys.base_exec_prefix}:
+                if os.path.isdir(folder):
+                    os.makedirs("." + folder, exist_ok=True)
+                    failures.append(libc.mount(
+                        folder.encode(), ("." + folder).encode(), None, 0x5000, None))
+            failures.append(libc.mount(b".", b"/", None, 0x2000, None))
+            os.chroot(".")
+            caged = not any(failures)
         except OSError:
             caged = False
     child = os.fork()               # the first process of the namespace: all others end with it
     if child == 0:
-        if hasattr(libc, "prctl"):
-            libc.prctl(1, signal.SIGKILL)       # PR_SET_PDEATHSIG: and this one with its parent
+        os.setsid()                 # out of its reach: kill(0) would end the guard
+        end_with_parent(1, signal.SIGKILL)
         if caged:
             os.write(answer, b"caged ")
             libc.unshare(0x10000000)            # a second user namespace: no rights over the first
@@ -748,30 +781,35 @@ def cage() -> None:
 
 
 def run_program(program: str, tests: str, entry_point: str, seconds: int = 10) -> tuple[bool, bool]:
-    """(passed, caged). Caged is: no network, no other process in sight, nothing to write to but a
-    small folder in memory. Where the kernel refuses that, the limits and the clock alone remain.
+    """(passed, caged). Caged is: no network, no other process, and of all files only Python's own
+    and a small folder in memory. Where the kernel refuses that, limits and the clock remain.
 
-    What this cannot stop is a program that sets out to fool the process it shares with its tests,
-    by returning an object that equals everything, say. Models under test don't do that."""
-    word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
+    What this cannot stop is a program that sets out to fool the process it shares with its tests:
+    by an object that equals everything, a replaced builtin, or the word read from where it is
+    hidden. Models under test don't do that."""
+    word = secrets.token_hex(16).encode()
+    with tempfile.TemporaryFile() as answer, \
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(     # answers to a file: a pipe can be flooded, or held open
             [sys.executable, "-I", "-S", "-B", "-c", inspect.getsource(cage) + "\ncage()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=answer, stderr=subprocess.DEVNULL,
             cwd=folder, env={}, start_new_session=True)
-        request = json.dumps([word, NAMESPACES, seconds, program, tests, entry_point])
+        request = json.dumps([word.decode(), NAMESPACES, seconds, program, tests, entry_point])
         try:
-            answer, _ = process.communicate(request.encode(), timeout=seconds + 5)
+            process.communicate(request.encode(), timeout=seconds + 5)
         except subprocess.TimeoutExpired:       # the cage has a clock of its own: it is stuck
             os.killpg(process.pid, signal.SIGKILL)
-            answer, _ = process.communicate()
-    return answer.decode(errors="replace").endswith(word), answer.startswith(b"caged ")
+            process.wait()
+        answer.seek(0)
+        said = answer.read(99)
+    return said in (word, b"caged " + word), said.startswith(b"caged ")
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
 def run_plot(args) -> None:
     """Loss and held-out bits per byte of train.py's runs, speed-up of speculative.py's --json."""
+    out = writable(args.out)
     panels: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for run in map(Path, args.runs):
         with reading(run, "a folder of train.py, or what `python speculative.py --gamma N --json "
@@ -781,14 +819,15 @@ def run_plot(args) -> None:
                     for key, label in (("loss", "training loss, nats per token"),
                                        ("val_bits_per_byte", "held-out bits per byte")):
                         if key in row:
-                            panels[label, "tokens"][run.name].append((row["tokens"], row[key]))
+                            panels[label, "tokens"][str(run)].append(
+                                (float(row["tokens"]), float(row[key])))
                 continue
             figures = json.loads(run.read_bytes())
-            if not isinstance(figures["gamma"], int):
-                raise TypeError(f"gamma is {figures['gamma']!r}, no number")
-            for label, part in (("greedy", figures), ("sampled", figures.get("sampled"))):
-                if part:
-                    panels["speed-up", "gamma"][label].append((part["gamma"], part["speedup"]))
+            for part in filter(None, (figures, figures.get("sampled"))):
+                panels["speed-up", "gamma"]["sampled" if part["temperature"] else "greedy"].append(
+                    (float(part["gamma"]), float(part["speedup"])))
+    if not panels:
+        raise ValueError(f"{' '.join(args.runs)}: no step is logged there yet, nothing to draw")
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -803,8 +842,8 @@ def run_plot(args) -> None:
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(args.out, format="svg", metadata={"Date": None})
-    print(f"wrote {args.out}")
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    print(f"wrote {out}")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -862,6 +901,8 @@ def main(argv: list[str] | None = None) -> None:
          "plot": run_plot}[args.command](args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nevaluate.py: interrupted\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import build, encode, grade, score
+from evaluate import build, encode, grade, positive, score
 from model import resolve_device
 from speculative import load, synchronize
 
@@ -40,11 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="folder with a folder of rows for each task")
     parser.add_argument("--tasks", default="sciq,winogrande,piqa,lambada_openai,arc_easy")
-    parser.add_argument("--limit", type=int, help="only the first rows")
-    parser.add_argument("--batch-size", type=int, default=64, help="of the harness")
-    parser.add_argument("--repeats", type=int, default=2, help="the best of these counts")
+    parser.add_argument("--limit", type=positive, help="only the first rows")
+    parser.add_argument("--batch-size", type=positive, default=64, help="of the harness")
+    parser.add_argument("--repeats", type=positive, default=2, help="the best of these counts")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.error = lambda message: parser.exit(2, f"evaluation.py: error: {message}\n")
     args = parser.parse_args(argv)
     try:
         run(args)

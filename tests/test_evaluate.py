@@ -306,6 +306,13 @@ def test_requests_that_differ_in_the_last_token_share_one_row(tiny, monkeypatch)
     assert read == [30], f"four letters behind one context read {read} tokens, not its 30 once"
 
 
+def test_likelihoods_that_are_no_numbers_are_refused(tiny):
+    model = tiny(torch.float32)
+    model.lm_head.weight.data[7] = float("nan")     # a text may overflow where another does not
+    with pytest.raises(ValueError, match="piqa: a log-likelihood is not a finite number"):
+        score(model, [[([1, 2, 3], 1)]], "piqa")
+
+
 def test_bits_per_byte_follow_from_the_likelihood_of_each_token(tiny, tokenizer):
     model = tiny(vocab_size=512, max_position_embeddings=16)
     texts = ["A first document, rather longer than\nthe context of 16.  " * 3, "Ünïcode", "x"]
@@ -427,6 +434,34 @@ def test_a_run_writes_its_scores_settings_and_rows(checkpoint, arc_data, tmp_pat
     assert "0.4364" in capsys.readouterr().out
 
 
+def test_runs_whose_names_hold_a_dot_keep_their_rows_apart(checkpoint, arc_data, tmp_path):
+    for name in ("top-0.5", "top-0.7"):
+        evaluate.main([checkpoint("a"), "--tasks", "arc_easy", "--data", arc_data,
+                       "--json", str(tmp_path / name), "--limit", "3"])
+    assert len((tmp_path / "top-0.5.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "top-0.7.jsonl").exists() and not (tmp_path / "top-0.jsonl").exists()
+
+
+def test_what_no_task_can_score_is_found_before_any_is_scored(
+        checkpoint, arc_data, tokenizer, monkeypatch, capsys):
+    write_rows(Path(arc_data), "piqa", [ROWS["piqa"][0]])
+    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("scored before all were read"))
+    whole = evaluate.encode
+
+    def encode(question, *rest):
+        if "piqa" in question.place:
+            raise ValueError("nothing is left to score")
+        return whole(question, *rest)
+    monkeypatch.setattr(evaluate, "encode", encode)
+    assert "nothing is left to score" in refuses(
+        capsys, checkpoint("a"), "--tasks", "arc_easy,piqa", "--data", arc_data)
+
+
+def test_the_perplexity_of_a_hopeless_model_is_a_number():
+    question = Question([("c", " word")], ["word"], 0)
+    assert grade("lambada_openai", [question], [[(-1e6, False)]])[0]["perplexity"] > 1e300
+
+
 def test_comparing_pairs_the_rows_and_refuses_what_was_measured_differently(
         checkpoint, arc_data, tmp_path, capsys):
     files = {name: str(tmp_path / f"{name}.json") for name in ("a", "b", "short", "fewer")}
@@ -451,7 +486,7 @@ def test_comparing_pairs_the_rows_and_refuses_what_was_measured_differently(
     assert "sha256" in refuses(capsys, "compare", files["a"], files["fewer"])
     rows = Path(files["b"]).with_suffix(".jsonl")
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:7]))
-    assert "arc_easy (sha256, rows) is" in refuses(capsys, "compare", files["a"], files["b"])
+    assert "7 rows of arc_easy" in refuses(capsys, "compare", files["a"], files["b"])
 
 
 def test_held_out_documents_of_prepared_data_are_scored_by_source(
@@ -510,7 +545,8 @@ def test_runs_are_drawn_as_svg(tmp_path, capsys):
             {"val_bits_per_byte": 3.0 / i} if i % 2 else {})) + "\n" for i in range(1, 9)))
     for gamma in (1, 3):
         (tmp_path / f"{gamma}.json").write_text(json.dumps({
-            "gamma": gamma, "speedup": 1.0 + gamma, "sampled": {"gamma": gamma, "speedup": 1.5}}))
+            "gamma": gamma, "speedup": 1.0 + gamma, "temperature": 0.0,
+            "sampled": {"gamma": gamma, "speedup": 1.5, "temperature": 0.8}}))
     argv = ["plot", *(str(tmp_path / name) for name in ("run", "1.json", "3.json"))]
     pictures = []
     for out in (str(tmp_path / "one.svg"), str(tmp_path / "two.svg")):
@@ -527,7 +563,9 @@ def test_runs_are_drawn_as_svg(tmp_path, capsys):
     ('{"goal": "g", "sol1": "a", "label": 0}\n', "valid.jsonl:1 is not a row of piqa"),
     ('{"goal": "g", "sol1": "a", "sol2": "b", "label": -1}\n', "valid.jsonl:1 is not a row"),
     ('{"goal": "g", "sol1": "", "sol2": "b", "label": 0}\n', "valid.jsonl:1 is not a row"),
+    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0.5}\n', "valid.jsonl:1 is not a row"),
     ("[1, 2]\n", "valid.jsonl:1 is not a row of piqa"),
+    ("[" * 100000, "valid.jsonl:1 is not a row of piqa"),
     ("", "valid.jsonl:1 is not a row of piqa"),
     ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n"\xff"',
      "valid.jsonl:2 is not a row of piqa"),
@@ -548,7 +586,7 @@ def test_a_malformed_row_is_named(content, complaint, checkpoint, tmp_path, caps
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--shots", "-1"], "--shots is -1"),
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--json", "run.jsonl"], "in .jsonl"),
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--json", "nowhere/run.json"],
-     "--json nowhere/run.json: expected a name in a folder that is there"),
+     "'nowhere/run.json' cannot be written: expected the name of a file, in a folder that exists"),
     (["CHECKPOINT", "--text", "nothing.txt"], "nothing.txt"),
     (["nowhere", "--tasks", "arc_easy", "--data", "ROWS"], "nowhere"),
     (["CHECKPOINT", "--colour"], "unrecognized arguments: --colour"),
@@ -557,8 +595,10 @@ def test_a_malformed_row_is_named(content, complaint, checkpoint, tmp_path, caps
     (["humaneval", "--target", "CHECKPOINT", "--data", "ROWS"], "HumanEval.jsonl.gz is not"),
     (["compare", "a.json", "b.json"], "a.json"),
     (["plot", "nowhere"], "nowhere"),
-    (["plot", "OTHER"], "(KeyError('gamma'))"),
-    (["plot", "AUTO"], "(TypeError(\"gamma is 'auto', no number\"))"),
+    (["plot", "OTHER"], "(KeyError('temperature'))"),
+    (["plot", "AUTO"], "(ValueError(\"could not convert string to float: 'auto'\"))"),
+    (["plot", "EMPTY"], "no step is logged there yet"),
+    (["plot", "AUTO", "--out", "nowhere/plot.svg"], "'nowhere/plot.svg' cannot be written"),
     (["plot", "BROKEN"], "broken.json is not a folder of train.py, or what"),
     (["compare", "OTHER", "BROKEN"], "broken.json with its .jsonl is not what"),
     (["compare", "OTHER", "AUTO"], "(KeyError('settings'))"),
@@ -568,15 +608,19 @@ def test_a_mistake_gets_one_sentence(argv, complaint, checkpoint, arc_data, caps
     names = {"CHECKPOINT": checkpoint("a"), "ROWS": arc_data}
     settings = {"bos": False, "dtype": "float32", "max_len": 64}
     for name, content in (("other", json.dumps({"settings": settings})), ("broken", "{"),
-                          ("auto", '{"gamma": "auto", "speedup": 2.0}')):
+                          ("auto", '{"gamma": "auto", "speedup": 2.0, "temperature": 0.0}')):
         names[name.upper()] = str(Path(arc_data) / f"{name}.json")
         Path(names[name.upper()]).write_text(content)
         Path(names[name.upper()]).with_suffix(".jsonl").write_text("")
+    names["EMPTY"] = str(Path(arc_data) / "run")
+    (Path(arc_data) / "run").mkdir(exist_ok=True)
+    (Path(arc_data) / "run" / "metrics.jsonl").write_text("")
     assert complaint in refuses(capsys, *(names.get(word, word) for word in argv))
 
 
 @pytest.mark.parametrize("content", [
     b"", b"no gzip", gzip.compress(b""), gzip.compress(b"{"), gzip.compress(b"[1]"),
+    gzip.compress(b"[1]")[:10] + b"\xff" * 20,
     gzip.compress(b'{"prompt": "p", "test": "t", "entry_point": "e"}')])
 def test_a_broken_file_of_problems_is_named(content, checkpoint, tmp_path, capsys):
     (tmp_path / "humaneval").mkdir()

@@ -7,6 +7,7 @@ import inspect
 import os
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,22 @@ def f():
             except OSError: pass
 """,
 }
+ATTACKS["everything open written to, without an end"] = """
+import os
+def f():
+    for fd in range(3, 64):
+        try:
+            for _ in range(100): os.write(fd, bytes(1 << 20))
+        except OSError: pass
+    return 1
+"""
+ATTACKS["its guard killed through their group"] = """
+import ctypes, os, posix, time
+ctypes.CDLL(None).prctl(1, 0)
+posix.kill(0, 9)
+os.closerange(0, 99)
+time.sleep(60)
+"""
 ATTACKS["its own guard killed"] = """
 import os, posix, time
 if os.getppid():
@@ -89,8 +106,8 @@ CAGE_ATTACKS = {
     "many empty files": "def f():\n    for i in range(5000): open(str(i), 'w').close()\n"
                         "    return 1",
     "a file elsewhere": "import os\ndef f():\n"
-                        "    for place in ('/tmp', '/var/tmp', '/dev/shm', HOME):\n"
-                        "        try: open(place + '/MARKER', 'w'); return 1\n"
+                        "    for place in ('/tmp/', '/var/tmp/', '/dev/shm/', HERE):\n"
+                        "        try: open(place + 'MARKER', 'w'); return 1\n"
                         "        except OSError: pass",
     "the mounts made writable again": "import ctypes\ndef f():\n"
                                       "    libc = ctypes.CDLL(None)\n    libc.umount2(b'.', 2)\n"
@@ -103,6 +120,25 @@ CAGE_ATTACKS = {
                                 "        except OSError: pass\n    return int(bool(found))",
     "every process killed": "import posix\ndef f():\n    posix.kill(-1, 0)\n    return 1",
     "the parent killed": "import os\ndef f():\n    return int(os.getppid() > 0)",
+    "a device": "import os, stat\ndef f():\n    os.mknod('disk', stat.S_IFBLK | 0o600, 259 << 8)\n"
+                "    return 1",
+    "a look at the user's files": "import os\ndef f():\n    return int(any(map(os.path.exists, "
+                                  "('/etc', '/proc', '/dev', '/tmp', HERE))))",
+    "a file of Python's own": "import os\ndef f():\n    open(os.__file__, 'r+')\n    return 1",
+    "the root left by chroot": """
+import ctypes, os
+def f():
+    libc, root = ctypes.CDLL(None), os.open('/', os.O_RDONLY)
+    for flag in (0x10000000, 0x20000):
+        libc.unshare(flag)
+    libc.umount2(b'/', 2)
+    os.mkdir('/inner')
+    os.chroot('/inner')
+    os.fchdir(root)
+    for _ in range(30): os.chdir('..')
+    os.chroot('.')
+    return int(os.path.exists('/etc'))
+""",
     "real root again": "import os\ndef f():\n    os.setresuid(0, 0, 0)\n    return 1",
 }
 
@@ -114,12 +150,12 @@ def survivors(monkeypatch):
     source = inspect.getsource(evaluate.cage)
     monkeypatch.setattr(evaluate.inspect, "getsource", lambda _: f"{source}\n# {marker}")
 
-    def look() -> list[str]:
-        for _ in range(20):             # what was killed may take a moment to be gone
+    def look(times: int = 20) -> list[str]:
+        for _ in range(times):          # what was killed may take a moment to be gone
             found = []
             for path in Path("/proc").glob("[0-9]*/cmdline"):
                 try:
-                    if marker.encode() in path.read_bytes():
+                    if marker.encode() + b"\ncage()" in path.read_bytes():
                         found.append(path.parent.name)
                 except OSError:
                     pass
@@ -157,8 +193,21 @@ def test_no_attack_passes_where_the_kernel_gives_no_namespaces(name, survivors, 
 def test_no_attack_leaves_the_cage(name, survivors):
     marker = Path(f"/tmp/{uuid.uuid4().hex}")
     program = CAGE_ATTACKS[name].replace("MARKER", marker.name)
-    attack(program.replace("HOME", repr(str(Path.home()))), survivors)
+    attack(program.replace("HERE", repr(__file__)), survivors)
     assert not marker.exists(), "the attack wrote outside its folder"
+
+
+def test_nothing_goes_on_when_the_evaluation_is_killed(survivors):
+    script = (f"import evaluate; evaluate.inspect.getsource = lambda _: "
+              f"{evaluate.inspect.getsource(evaluate.cage)!r}\n"
+              f"evaluate.run_program({ATTACKS['a long sleep']!r}, {CHECK!r}, 'f', 60)")
+    evaluation = subprocess.Popen([sys.executable, "-c", script],
+                                  cwd=Path(evaluate.__file__).parent)
+    while not survivors(1):
+        time.sleep(0.1)
+    evaluation.kill()
+    evaluation.wait()
+    assert not survivors(), "the program outlives the evaluation that started it"
 
 
 @needs_cage
@@ -172,6 +221,17 @@ def test_no_attack_reaches_the_network(survivors):
         server.accept()
 
 
+@needs_cage
+def test_no_attack_reaches_a_socket_of_this_machine(survivors):
+    path = f"/tmp/{uuid.uuid4().hex}"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        attack("import socket\ndef f():\n    socket.socket(socket.AF_UNIX).connect("
+               f"{path!r})\n    return 1", survivors)
+    os.unlink(path)
+
+
 def test_attacks_side_by_side_leave_no_files_behind(tmp_path, monkeypatch, survivors):
     monkeypatch.setattr(evaluate.tempfile, "tempdir", str(tmp_path))
     programs = [ATTACKS["a file of 100 MB"], ATTACKS["an infinite loop"], RIGHT, RIGHT]
@@ -182,18 +242,16 @@ def test_attacks_side_by_side_leave_no_files_behind(tmp_path, monkeypatch, survi
 
 
 def test_what_a_program_prints_does_not_reach_the_parent(monkeypatch):
-    sizes = []
-
     class Recorder(subprocess.Popen):
-        def communicate(self, *args, **settings):
-            answer = super().communicate(*args, **settings)
-            sizes.append(len(answer[0]))
-            return answer
+        def __init__(self, *args, stdout, **settings):
+            answers.append(os.dup(stdout.fileno()))
+            super().__init__(*args, stdout=stdout, **settings)
 
+    answers = []
     monkeypatch.setattr(evaluate.subprocess, "Popen", Recorder)
     loud = "import sys\ndef f():\n    print('x' * 10**7, flush=True)\n    return 1"
     assert evaluate.run_program(loud, CHECK, "f") == (True, CAGED)
-    assert sizes[0] < 100, "an endless print would fill the parent's memory"
+    assert os.fstat(answers[0]).st_size < 100, "an endless print would fill the disk"
 
 
 @needs_data
