@@ -586,7 +586,7 @@ class FewRowsLinear(nn.Module):
 
     On a CPU, PyTorch's own product has a fast path for one row and falls off it at two; with W laid
     out anew by oneDNN, six rows take 1.0 to 1.2 times as long as one (benchmarks/decoding.py prints
-    it). On a GPU, compiled, one row takes one_row() instead.
+    it). On a GPU, compiled, one row or two (a draft's first step) take sums() instead.
     """
 
     def __init__(self, *linears: Linear, norm: RMSNorm | None = None):
@@ -600,24 +600,24 @@ class FewRowsLinear(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and not self.packed and x.shape[:-1].numel() == 1:
-            return self.one_row(x.flatten()).view(*x.shape[:-1], -1)
+        if torch.compiler.is_compiling() and not self.packed and x.shape[:-1].numel() <= 2:
+            return self.sums(x.flatten(0, -2)).view(*x.shape[:-1], -1)
         x = self.norm(x) if self.norm else x
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
         return F.linear(x, self.weight)
 
-    def one_row(self, x: Tensor) -> Tensor:
-        """(in,) -> (out,), each output a sum over `in`, as the mean in its norm is one. Sums over
-        the same index compile into one kernel, which reads W at the memory's speed; that each
+    def sums(self, x: Tensor) -> Tensor:
+        """(N, in) -> (N, out), each output a sum over `in`, as the mean in its norm is one. Sums
+        over the same index compile into one kernel, which reads W at the memory's speed; that each
         output sums the squares anew takes less time than launching a kernel of their own."""
-        if len(x) > 4096:
+        if x.shape[1] > 4096:
             # Has the compiler store x, a SwiGLU's product say, instead of computing it for every
             # output. It pays for CodeLlama's 11008 inputs, and does not for AMD-135M's 2048.
             x = x.as_strided(x.shape, x.stride())
-        wide, scale = x.to(torch.promote_types(x.dtype, torch.float32)), 1.0
+        wide, scale = x.to(torch.promote_types(x.dtype, torch.float32))[:, None], 1.0  # (N, 1, in)
         if self.norm:
-            mean = wide.square().expand_as(self.weight).mean(-1)            # (out,)
+            mean = wide.square().expand(-1, *self.weight.shape).mean(-1)    # (N, out)
             wide, scale = wide * self.norm.weight, torch.rsqrt(mean + self.norm.eps)
         return ((self.weight * wide).sum(-1) * scale).to(x.dtype)
 

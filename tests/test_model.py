@@ -289,13 +289,14 @@ def test_packing_changes_no_logits():
 
 @pytest.mark.parametrize("size", [48, 5000])    # the longer one is stored on its way
 @torch.no_grad()
-def test_one_row_as_sums_is_norm_and_product(size):
+def test_few_rows_as_sums_are_norm_and_product(size):
     generator = torch.Generator().manual_seed(0)
     norm, matrices = RMSNorm(size, 1e-2).double(), [Linear(size, n).double() for n in (7, 3)]
     for parameter in (norm.weight, *(matrix.weight for matrix in matrices)):
         torch.nn.init.normal_(parameter, generator=generator)
-    x = torch.randn(1, 1, size, dtype=torch.float64, generator=generator)
+    x = torch.randn(1, 2, size, dtype=torch.float64, generator=generator)
     for rows in (FewRowsLinear(*matrices), FewRowsLinear(*matrices, norm=norm)):
         wanted = torch.cat([matrix(norm(x) if rows.norm else x) for matrix in matrices], -1)
         assert off(rows(x), wanted) < EXACT, "the product with the matrices side by side"
-        assert off(rows.one_row(x.flatten()), wanted.flatten()) < EXACT, "as sums"
+        for n in (1, 2):
+            assert off(rows.sums(x[0, :n]), wanted[0, :n]) < EXACT, f"{n} rows as sums"
