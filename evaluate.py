@@ -22,6 +22,7 @@ import argparse
 import gzip
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -127,7 +128,8 @@ def arc(row: dict) -> Question:
 def logiqa(row: dict) -> Question:
     a, b, c, d = row["options"]
     return choose(f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\nA. {a}\n"
-                  f"B. {b}\nC. {c}\nD. {d}\nAnswer:", row["options"], "abcd".index(row["label"]))
+                  f"B. {b}\nC. {c}\nD. {d}\nAnswer:", row["options"],
+                  list("abcd").index(row["label"]))
 
 
 def logiqa_row(block: bytes) -> dict:
@@ -177,8 +179,8 @@ def reading(name: str | Path, expected: str) -> Iterator[None]:
     """Makes whatever a broken file raises one sentence that names it and says what was expected."""
     try:
         yield
-    except (AttributeError, EOFError, LookupError, OSError, RecursionError, TypeError, ValueError,
-            zlib.error) as error:
+    except (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RecursionError,
+            TypeError, ValueError, zlib.error) as error:
         raise ValueError(f"{name} is not {expected} ({error!r:.200})") from None
 
 
@@ -206,7 +208,7 @@ def read_questions(data: Path, name: str, split: str) -> list[Question]:
                 question = TASKS[name].prompt(row)._replace(place=place)
                 answers, least = question.answers, 1 if name == "lambada_openai" else 2
                 if not (len(answers) >= least and all(answers) and
-                        question.gold in range(len(answers))):
+                        type(question.gold) is int and 0 <= question.gold < len(answers)):
                     raise ValueError(f"choice {question.gold} of {answers} is right")
             questions.append(question)
     return questions
@@ -383,11 +385,10 @@ def score_batch(model: Transformer, groups: list[Group]) -> dict[tuple, tuple[fl
         states = torch.cat((states, model.hidden(padded(rests), cache).flatten(0, 1)))
     where, targets = [], []
     for n, (b, prefix, (tokens, count)) in enumerate(zip(owner, prefixes, requests)):
+        # The state at t foretells token t + 1: t is among the shared tokens, or behind them.
         end = len(tokens) - 1
-        start = end - count             # the state at t, from start to end, foretells token t + 1
-        where += range(b * P + start, b * P + prefix)           # empty if the prefix ends before
-        rest = B * P + n * R - prefix
-        where += range(rest + max(start, prefix), rest + end)
+        where += [b * P + t if t < prefix else B * P + n * R + t - prefix
+                  for t in range(end - count, end)]
         targets += tokens[-count:]
     found = []
     for part, target in zip(torch.tensor(where, device=model.device).split(1024),
@@ -410,10 +411,11 @@ def score(model: Transformer, questions: list[list[Request]],
     groups = [group for question in questions for group in grouped(question)]
     found, done, began = {}, 0, time.perf_counter()
     for batch in batches(groups, budget):
-        found |= score_batch(model, batch)
-        if not all(math.isfinite(logp) for logp, _ in found.values()):
+        scores = score_batch(model, batch)
+        if not all(math.isfinite(logp) for logp, _ in scores.values()):
             raise ValueError(f"{title}: a log-likelihood is not a finite number: the weights are "
                              "broken, or too large for --dtype float16")
+        found |= scores
         done += len(batch)
         progress(title, done, len(groups), began)
     return [[found[tuple(tokens), count] for tokens, count in question] for question in questions]
@@ -436,7 +438,9 @@ def held_out(folder: str) -> dict[str, list[str]]:
         ends = np.flatnonzero(tokens == corpus.tokenizer.eos_id)
         texts[source] = [corpus.tokenizer.decode(document[:-1].tolist())
                          for document in np.split(tokens, ends + 1)[:-1]]
-    return texts
+    if not any(map(any, texts.values())):
+        raise ValueError(f"{folder} holds no validation text: prepare it with a val_fraction")
+    return {source: documents for source, documents in texts.items() if any(documents)}
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, source: str,
@@ -459,7 +463,8 @@ def measure(model: Transformer, tokenizer: Tokenizer, source: str,
 
 
 def settings_of(args, model: Transformer, tokenizer: Tokenizer) -> dict:
-    """What two runs must share to be compared, and what else one will want to know later."""
+    """What two runs must share to be compared, and what else one will want to know later.
+    Raises ValueError for a --bos or --json that cannot be, before any work is done."""
     if args.bos and tokenizer.bos_id is None:
         raise ValueError("--bos: the checkpoint's tokenizer has no BOS token; leave --bos out")
     if args.json:
@@ -479,7 +484,7 @@ def rows_file(path: str) -> Path:
 
 
 def write_run(path: str | None, report: dict, rows: list[dict]) -> None:
-    """The scores as FILE, and beside it, ending in .jsonl, one line a row."""
+    """The scores so far as FILE, and beside it, ending in .jsonl, one line a row."""
     if path:
         write_atomically(rows_file(path),
                          (json.dumps(row).encode() + b"\n" for row in rows))
@@ -505,7 +510,9 @@ def run_scores(args) -> None:
         line("source", "documents", "bytes", "bits/byte", "ppl/token", "ppl/word", "ppl/byte")
     for source, documents in texts.items():
         result, records = measure(model, tokenizer, source, documents[:args.limit])
-        report["texts"][source], rows = result, rows + records
+        report["texts"][source] = result
+        rows += records
+        write_run(args.json, report, rows)
         line(source[-22:], result["documents"], result["bytes"], result["bits_per_byte"],
              *(result[f"{unit}_perplexity"] for unit in ("token", "word", "byte")))
     if names:
@@ -514,7 +521,9 @@ def run_scores(args) -> None:
         requests, cuts = zip(*encoded[name])
         result, records = grade(name, questions, score(model, requests, name))
         result["cut"] = sum(cuts)
-        report["tasks"][name], rows = result, rows + records
+        report["tasks"][name] = result
+        rows += records
+        write_run(args.json, report, rows)
         for metric in TASKS[name].metrics:
             line(name, metric, result[metric], result[metric + "_stderr"], result["n"],
                  result["chance"], result["best_constant"],
@@ -523,7 +532,6 @@ def run_scores(args) -> None:
             line(name, "perplexity", result["perplexity"])
         if result["always"]:
             print(f"warning: {name}: every answer is {result['always']!r}, whatever was asked")
-    write_run(args.json, report, rows)
 
 
 # --------------------------------------------------------------------------- comparing checkpoints
@@ -547,6 +555,7 @@ def read_run(path: str) -> tuple[dict, dict[str, list[int]]]:
             if len(found) != report["tasks"][name]["n"]:
                 raise ValueError(f"{len(found)} rows of {name}")
         facts = {key: report["settings"][key] for key in ("bos", "dtype", "max_len")}
+        facts["max_new_tokens"] = report["settings"].get("max_new_tokens")      # HumanEval's
         return facts | {f"{name} (sha256, rows)": (report["tasks"][name]["sha256"], len(found))
                         for name, found in solved.items()}, solved
 
@@ -577,10 +586,14 @@ STOP = re.compile(r"\n(class|def|#|if|print)")
 SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.1, "top_k": 10, "top_p": 0.95}}     # AMD's
 # AMD's published pass@1, acceptance (its draft length adapts) and speed-up: CodeLlama-7b, alone and
 # drafted for by AMD-Llama-135m-code, on an MI250.
-AMD = {("greedy", "float32"): ((.3110, None, None), (.3110, .658, 2.80)),
-       ("sampled", "float32"): ((.3231, None, None), (.2927, .650, 2.58)),
-       ("greedy", "bfloat16"): ((.3415, None, None), (.3353, .665, 1.75)),
-       ("sampled", "bfloat16"): ((.3110, None, None), (.3110, .669, 1.67))}
+AMD = {("greedy alone", "float32"): (.3110, None, None),
+       ("greedy speculative", "float32"): (.3110, .658, 2.80),
+       ("sampled alone", "float32"): (.3231, None, None),
+       ("sampled speculative", "float32"): (.2927, .650, 2.58),
+       ("greedy alone", "bfloat16"): (.3415, None, None),
+       ("greedy speculative", "bfloat16"): (.3353, .665, 1.75),
+       ("sampled alone", "bfloat16"): (.3110, None, None),
+       ("sampled speculative", "bfloat16"): (.3110, .669, 1.67)}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -597,21 +610,17 @@ def read_problems(data: str) -> list[dict]:
     path = Path(data) / "humaneval" / "HumanEval.jsonl.gz"
     with reading(path, "gzipped JSONL of problems with task_id, prompt, test and entry_point: put "
                  "that there, or fetch it with `python data.py fetch humaneval`"):
-        problems = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        problems = [json.loads(row) for row in gzip.decompress(path.read_bytes()).splitlines()]
         if not problems or not all(isinstance(problem[key], str) for problem in problems
                                    for key in ("task_id", "prompt", "test", "entry_point")):
             raise ValueError("no problems, or one with a field that is no string")
     return problems
 
 
-def write_programs(problems: list[dict], tokenizer: Tokenizer, args, target: Transformer,
+def write_programs(prompts: list[list[int]], tokenizer: Tokenizer, args, target: Transformer,
                    drafts: list[Transformer | None], **sampling) -> list[tuple[list[str], Stats]]:
-    """A completion for each problem, and the counts, once with each of the drafts (None: without).
+    """A completion for each prompt, and the counts, once with each of the drafts (None: without).
     They take turns batch by batch, so that a drift of the machine's speed meets all of them."""
-    # A longer prompt loses its beginning: a quarter of the context stays free for the answer.
-    room = target.config.max_position_embeddings * 3 // 4
-    prompts = [[start_of_text(tokenizer)] * args.bos + tokenizer.encode(problem["prompt"])[-room:]
-               for problem in problems]
     length = max(map(len, prompts)) + args.max_new_tokens
     runs, turns = [([], Stats()) for _ in drafts], []
     began = time.perf_counter()
@@ -657,11 +666,18 @@ def run_humaneval(args) -> None:
     else:
         (target, tokenizer), draft = load(args.target, *place), None
     report = {"settings": settings_of(args, target, tokenizer), "tasks": {}}
-    rows = []
+    rows, encoded = [], [tokenizer.encode(problem["prompt"]) for problem in problems]
+    # A longer prompt loses its beginning: a quarter of the context stays free for the answer.
+    room = target.config.max_position_embeddings * 3 // 4
+    prompts = [[start_of_text(tokenizer)] * args.bos + tokens[-room:] for tokens in encoded]
+    if cut := sum(len(tokens) > room for tokens in encoded):
+        print(f"warning: {cut} prompts have more than {room} tokens and lose their beginning")
     if args.allow_code_execution:
-        passed, caged = run_program("def f(): return 1", "def check(f): assert f() == 1", "f")
+        passed, caged = run_program("import hashlib, math, typing\ndef f(): return 1",
+                                    "def check(f): assert f() == 1", "f")
         if not passed:
-            raise ValueError("this system cannot run programs with limits: HumanEval needs Linux")
+            raise ValueError("this system cannot run programs with limits: it takes Linux, and a "
+                             "Python whose libraries every user may read")
         print("what the model writes runs " + (
             "caged: no network, no other processes, no files but Python's and its own" if caged else
             "with limits, but WITH THE NETWORK AND YOUR FILES: this kernel gives it no namespaces"))
@@ -669,16 +685,15 @@ def run_humaneval(args) -> None:
     for mode, sampling in SAMPLING.items():
         samples = args.samples if sampling else 1
         jobs = [problem for problem in problems for _ in range(samples)]
-        runs = write_programs(jobs, tokenizer, args, target, [None, draft] if draft else [None],
-                              **sampling)
-        published = AMD.get((mode, args.dtype), 2 * [(None, None, None)])
-        for way, (texts, stats), (amd_pass, amd_accepted, amd_speedup) in zip(
-                ("alone", "speculative"), runs, published):
+        runs = write_programs([prompt for prompt in prompts for _ in range(samples)], tokenizer,
+                              args, target, [None, draft] if draft else [None], **sampling)
+        for way, (texts, stats) in zip(("alone", "speculative"), runs):
             name = f"{mode} {way}"
+            amd_pass, amd_accepted, amd_speedup = AMD.get((name, args.dtype), 3 * [None])
             records = [{"task": name, "row": job["task_id"], "completion": text}
                        for job, text in zip(jobs, texts)]
             result = {"sha256": fingerprint([job["prompt"] for job in jobs]), "n": len(jobs),
-                      "samples": samples, "tokens_per_s": stats.tokens_per_s}
+                      "cut": cut, "samples": samples, "tokens_per_s": stats.tokens_per_s}
             if way == "speculative":
                 result["accepted_per_drafted"] = stats.accepted_per_drafted
                 result["speedup"] = stats.tokens_per_s / runs[0][1].tokens_per_s
@@ -696,13 +711,14 @@ def run_humaneval(args) -> None:
                     line(name, k, result.get(f"pass@{k}"), result.get(f"pass@{k}_stderr"),
                          amd_pass if k == 1 else None, result.get("accepted_per_drafted"),
                          amd_accepted, stats.tokens_per_s, result.get("speedup"), amd_speedup)
-            report["tasks"][name], rows = result, rows + records
+            report["tasks"][name] = result
+            rows += records
+            write_run(args.json, report, rows)
         if draft and not sampling:
             print(f"greedy completions equal with and without the draft: "
-                  f"{sum(map(str.__eq__, runs[0][0], runs[1][0]))} of {len(jobs)}")
+                  f"{sum(a == b for a, b in zip(runs[0][0], runs[1][0]))} of {len(jobs)}")
     if not args.allow_code_execution:
         print("nothing was run: --allow-code-execution runs what the model wrote, for pass@k")
-    write_run(args.json, report, rows)
 
 
 # ------------------------------------------------------------- running what a model wrote, caged
@@ -714,62 +730,86 @@ def cage() -> None:
     """Runs a program and its tests in an interpreter of its own; the text of this function is that
     interpreter's whole script. It answers "caged" where the kernel gave namespaces, and then the
     secret word, but only once check() has returned: an exit code or a print proves nothing."""
-    import ctypes, json, os, resource, signal, sys
+    import contextlib, ctypes, json, os, resource, signal, sys
     word, flags, seconds, program, tests, entry_point = json.load(sys.stdin)
-    answer, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
+    answer, null = os.dup(1), None
     hidden, end = os.pipe()         # not in a variable, where the program's frames could find it
     os.write(end, word.encode())
     os.close(end)
     del word
+    os.umask(0o022)
     uid, gid, libc = os.geteuid(), os.getegid(), ctypes.CDLL(None)
-    end_with_parent = getattr(libc, "prctl", lambda *_: None)
-    end_with_parent(1, signal.SIGKILL)          # PR_SET_PDEATHSIG
-    if uid == 0:                    # a limit on processes does not bind root: it is the real uid
-        os.setresuid(65534, 0, 0)   # that counts, and the effective one that opens Python's files
-    caged = hasattr(libc, "unshare") and libc.unshare(flags) == 0
+    libc.prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG: end with the evaluation
+    libc.syscall({"x86_64": 250, "aarch64": 219}[os.uname().machine], 1, None)  # a keyring apart
+    if uid == 0:                    # no limit on processes binds root; its real uid counts there,
+        os.setresuid(65534, 0, 0)   # and the effective one opens Python's files
+    caged = libc.unshare(flags) == 0
     if caged:
         try:
-            for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"),
-                               ("gid_map", f"0 {gid} 1")):
-                with open("/proc/self/" + name, "w") as file:
-                    file.write(text)
-            # mount_setattr: what is mounted becomes read-only, with no devices in it (1 | 2 | 4).
-            # Then 64 MB of memory become the root, and in it only Python and its libraries are
-            # mounted again (0x5000: MS_BIND | MS_REC; 0x2000: MS_MOVE).
-            failures = [libc.syscall(442, -100, b"/", 0x8000, (ctypes.c_uint64 * 4)(7), 32),
-                        libc.mount(b"tmpfs", b".", b"tmpfs", 6, b"size=64m,nr_inodes=1000")]
-            os.chdir(os.getcwd())
-            for folder in {"/usr", "/lib", "/lib64", sys.base_prefix, sys.base_exec_prefix}:
+            for name, text in (("self/setgroups", "deny"), ("self/uid_map", f"0 {uid} 1"),
+                               ("self/gid_map", f"0 {gid} 1"), ("sys/kernel/shmmni", "0"),
+                               ("sys/kernel/msgmni", "0"), ("sys/kernel/sem", "0")):
+                # Shared memory and its like lie outside of the limits, as older kernels leave them.
+                with contextlib.suppress(*[OSError] * name.startswith("sys")):
+                    with open("/proc/" + name, "w") as file:
+                        file.write(text)
+
+            def restrict(attributes: int) -> int:       # mount_setattr, recursive
+                return libc.syscall(442, -100, b"/", 0x8000, (ctypes.c_uint64 * 4)(attributes), 32)
+
+            # What is mounted gets read-only (1), without set-uid programs (2) and devices (4). Then
+            # 64 MB of memory, the same, become the root, and in it only the folders of Python's
+            # libraries are mounted again (0x5000: MS_BIND | MS_REC; 0x2000: MS_MOVE).
+            failures = [restrict(1 | 2)]
+            null = os.open(os.devnull, os.O_RDWR)       # now: not even its mode can be changed
+            failures += [restrict(1 | 2 | 4), libc.mount(
+                b"tmpfs", b".", b"tmpfs", 2 | 4, b"size=64m,nr_inodes=1000")]
+            os.chdir(os.getcwd())       # into the memory: the working folder still lay beneath it
+            for folder in {"/usr", "/lib", "/lib64", *map(os.path.dirname, sys.path)}:
                 if os.path.isdir(folder):
                     os.makedirs("." + folder, exist_ok=True)
                     failures.append(libc.mount(
                         folder.encode(), ("." + folder).encode(), None, 0x5000, None))
-            failures.append(libc.mount(b".", b"/", None, 0x2000, None))
+            if any(failures) or not os.path.exists("." + os.__file__):
+                raise OSError("a mount failed")
+            caged = libc.mount(b".", b"/", None, 0x2000, None) == 0
             os.chroot(".")
-            caged = not any(failures)
         except OSError:
             caged = False
+    null = os.open(os.devnull, os.O_RDWR) if null is None else null
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.close(null)
     child = os.fork()               # the first process of the namespace: all others end with it
     if child == 0:
         os.setsid()                 # out of its reach: kill(0) would end the guard
-        end_with_parent(1, signal.SIGKILL)
+        libc.prctl(1, signal.SIGKILL)
         if caged:
             os.write(answer, b"caged ")
-            libc.unshare(0x10000000)            # a second user namespace: no rights over the first
+            if inner := os.fork():  # the program is the second process, lest it cancels this prctl
+                os.waitpid(inner, 0)
+                os._exit(0)
+            libc.unshare(0x10000000)    # a second user namespace: no rights over the first
         for limit, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, 1 << 30),
                             (resource.RLIMIT_FSIZE, 1 << 24), (resource.RLIMIT_NOFILE, 64),
                             (resource.RLIMIT_NPROC, 1), (resource.RLIMIT_CORE, 0)):
+            most = min(x for x in (most, resource.getrlimit(limit)[1]) if x >= 0)   # -1: no limit
             resource.setrlimit(limit, (most, most))
-        os.kill = os.killpg = None  # uncaged, kill(-1, 9) would end all that the user runs
-        scope = {"__name__": "program"}
+        # PR_SET_NO_NEW_PRIVS, and no capabilities (in version 3 of capset's form): they open more
+        # namespaces, and CAP_SYS_RESOURCE voids the limits.
+        libc.prctl(38, 1, 0, 0, 0)
+        libc.capset((ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())
+        os.kill = os.killpg = None      # uncaged, kill(-1, 9) would end all that the user runs
+        module = sys.modules["program"] = type(sys)("program")      # dataclasses look it up there
+        scope = vars(module)
         try:
-            exec(compile(program, "program", "exec"), scope)
+            exec(compile(program + "\n\n", "program", "exec"), scope)
             sys.settrace(None)
             sys.setprofile(None)
-            exec(compile(tests, "tests", "exec"), scope)
-            scope["check"](scope[entry_point])
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            apart = dict(scope)         # what the program left behind does not know this one
+            exec(compile(tests, "tests", "exec"), apart)
+            apart["check"](scope[entry_point])
         except BaseException:
             os._exit(1)
         os.write(answer, os.read(hidden, 99))
@@ -780,28 +820,38 @@ def cage() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def run_program(program: str, tests: str, entry_point: str, seconds: int = 10) -> tuple[bool, bool]:
-    """(passed, caged). Caged is: no network, no other process, and of all files only Python's own
-    and a small folder in memory. Where the kernel refuses that, limits and the clock remain.
+CAGE = inspect.getsource(cage) + "\ncage()"     # now: the file may be edited while a run lasts
 
-    What this cannot stop is a program that sets out to fool the process it shares with its tests:
-    by an object that equals everything, a replaced builtin, or the word read from where it is
-    hidden. Models under test don't do that."""
+
+def run_program(program: str, tests: str, entry_point: str, seconds: int = 10) -> tuple[bool, bool]:
+    """(passed, caged). Caged is: no network, no other process or thread, and of all files only the
+    libraries' and a small folder in memory. Where the kernel refuses that, limits and a clock
+    remain, from which a program that sets out to can escape.
+
+    What even the cage cannot stop is a program that sets out to fool the process it shares with its
+    tests: by an object that equals everything, a replaced builtin, or the word read from where it
+    is hidden, for instance. Models under test don't do that."""
     word = secrets.token_hex(16).encode()
-    with tempfile.TemporaryFile() as answer, \
-            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(     # answers to a file: a pipe can be flooded, or held open
-            [sys.executable, "-I", "-S", "-B", "-c", inspect.getsource(cage) + "\ncage()"],
-            stdin=subprocess.PIPE, stdout=answer, stderr=subprocess.DEVNULL,
-            cwd=folder, env={}, start_new_session=True)
+    folder = tempfile.mkdtemp()
+    answer, end = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-c", CAGE], stdin=subprocess.PIPE, stdout=end,
+            stderr=subprocess.DEVNULL, cwd=folder, env={}, start_new_session=True)
         request = json.dumps([word.decode(), NAMESPACES, seconds, program, tests, entry_point])
         try:
             process.communicate(request.encode(), timeout=seconds + 5)
         except subprocess.TimeoutExpired:       # the cage has a clock of its own: it is stuck
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        answer.seek(0)
-        said = answer.read(99)
+        os.set_blocking(answer, False)          # flooded or held open: 99 bytes now, or none
+        said = os.read(answer, 99)
+    except BlockingIOError:
+        said = b""
+    finally:
+        os.close(end)
+        os.close(answer)
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)    # however deep
     return said in (word, b"caged " + word), said.startswith(b"caged ")
 
 
@@ -842,7 +892,9 @@ def run_plot(args) -> None:
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None})
+    write_atomically(out, [picture.getvalue()])
     print(f"wrote {out}")
 
 
@@ -860,7 +912,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     scores = commands.add_parser("score", help="a checkpoint (the word `score` can be left out)")
     scores.add_argument("checkpoint", help="folder of a checkpoint")
-    scores.add_argument("--data", help="prepared data, or with --tasks the folder of rows")
+    scores.add_argument("--data", help="prepared data (default: out/data-demo), or with "
+                        "--tasks the folder of rows")
     scores.add_argument("--text", help="a text file instead of prepared data")
     scores.add_argument("--tasks", help=f"all, or some of {','.join(TASKS)}")
     scores.add_argument("--shots", type=int, default=0, help="solved examples before each question")
@@ -878,7 +931,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--allow-code-execution", action="store_true",
         help="run what the model wrote, caged as far as the kernel allows")
     for command in (scores, human):
-        command.add_argument("--bos", action="store_true", help="put BOS before every text")
+        command.add_argument("--bos", action="store_true", help="put BOS before every context")
         command.add_argument("--limit", type=positive, help="only the first rows")
         command.add_argument("--json", metavar="FILE", help="write the results, and each row's")
         command.add_argument("--device")
@@ -893,7 +946,7 @@ def main(argv: list[str] | None = None) -> None:
     plot.add_argument("--out", default="plot.svg")
     if argv and argv[0] not in (*commands.choices, "-h", "--help"):
         argv = ["score", *argv]
-    for command in (parser, *commands.choices.values()):
+    for command in (parser, *commands.choices.values()):    # one sentence, without the usage
         command.error = lambda message: parser.exit(2, f"evaluate.py: error: {message}\n")
     args = parser.parse_args(argv)
     try:

@@ -532,9 +532,16 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def writable(path: str | Path) -> Path:
     """The path of a file to be written later: ValueError now rather than after hours of work."""
     path = Path(path)
-    if not path.name or not path.parent.is_dir() or path.exists() and not path.is_file():
-        raise ValueError(f"{str(path)!r} cannot be written: expected the name of a file, in a "
-                         "folder that exists")
+    try:
+        if not path.name or path.exists() and not path.is_file():
+            raise ValueError("it is a folder or a device")
+        temporary = path.with_name(path.name + ".tmp")      # as write_atomically's
+        temporary.touch()
+        temporary.unlink()
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)!r} cannot be written ({reason}): expected the name of a "
+                         "file, in a folder that exists") from None
     return path
 
 

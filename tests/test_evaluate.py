@@ -3,6 +3,7 @@
 The protocol is held against golden.json (what lm-evaluation-harness did with the files in
 EVAL_DATA) and, where the package lm_eval is there, against the harness itself.
 """
+import argparse
 import gzip
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import torch
 import evaluate
 from data import load_tokenizer, prepare, train_bpe
 from evaluate import TASKS, Question, build, encode, grade, score, windows
+from speculative import Round
 
 needs_data = pytest.mark.skipif("EVAL_DATA" not in os.environ, reason="EVAL_DATA is not set: the "
                                 "folder with the rows of five tasks and golden.json")
@@ -127,7 +129,7 @@ def test_logiqa_is_read_in_the_form_it_was_published_in(tmp_path):
 def test_a_row_of_logiqa_that_is_not_whole_is_named(tmp_path):
     (tmp_path / "logiqa").mkdir()
     row = "\nb\nAll A are B.Why?\nWhat follows?\nA.B is A.\nB.Some A is B.\nC.No A.\nD.No B.\n"
-    for part in (row.removesuffix("D.No B.\n"), "\nb\n"):
+    for part in (row.removesuffix("D.No B.\n"), "\nb\n", row.replace("\nb\n", "\n\n")):
         (tmp_path / "logiqa" / "Test.txt").write_text(row + part)
         with pytest.raises(ValueError, match="Test.txt:9 is not a row of logiqa"):
             build(tmp_path, "logiqa")
@@ -527,14 +529,94 @@ def test_humaneval_measures_both_decoders_and_runs_nothing_unasked(
 
     monkeypatch.undo()
     write = evaluate.write_programs
-    monkeypatch.setattr(evaluate, "write_programs", lambda problems, *rest, **sampling: [
-        (["    return 1\n" if problem["task_id"] == "Test/1" else "    return 2\n"
-          for problem in problems], stats) for _, stats in write(problems, *rest, **sampling)])
+    monkeypatch.setattr(evaluate, "write_programs", lambda prompts, tokenizer, *rest, **sampling: [
+        (["    return 1\n" if "def f1" in tokenizer.decode(prompt) else "    return 2\n"
+          for prompt in prompts], stats)
+        for _, stats in write(prompts, tokenizer, *rest, **sampling)])
     evaluate.main([*argv, "--allow-code-execution", "--samples", "10"])
     run = json.loads((tmp_path / "run.json").read_text())
+    alone, helped = run["tasks"]["sampled alone"], run["tasks"]["sampled speculative"]
+    assert helped["speedup"] == helped["tokens_per_s"] / alone["tokens_per_s"]
     for name in ("greedy alone", "sampled speculative"):
         assert math.isclose(run["tasks"][name]["pass@1"], 1 / 3), f"{name}: one of three is right"
     assert math.isclose(run["tasks"]["sampled alone"]["pass@10"], 1 / 3)
+
+
+def test_a_program_ends_before_its_stop_string_and_at_eos(tokenizer, tiny, monkeypatch):
+    """What a Decoder is asked for and what becomes of it: here one that always writes this text."""
+    text, asked, given = tokenizer.encode("    return 1\n\ndef g(): pass\n\nx"), [], []
+
+    class Writer:
+        def __init__(self, *args, **settings):
+            pass
+
+        def generate(self, prompts, max_new_tokens, eos_id=None, seed=0, stats=None, stop=None):
+            if stats is None:           # to warm up
+                return
+            asked.append((prompts, max_new_tokens, eos_id, seed))
+            for i in range(len(text)):
+                given.append(text[i])
+                yield Round([[text[i]] for _ in prompts], [], [])
+                if stop(text[:i + 1]):
+                    break
+
+    monkeypatch.setattr(evaluate, "Decoder", Writer)
+    settings = argparse.Namespace(batch=2, max_new_tokens=50, gamma=3, graphs=False, seed=7)
+    [(programs, _)] = evaluate.write_programs(
+        [[1, 2], [3], [4]], tokenizer, settings, tiny(), [None])
+    assert programs == ["    return 1\n"] * 3
+    assert asked == [([[1, 2], [3]], 50, tokenizer.eos_id, 7), ([[4]], 50, tokenizer.eos_id, 9)], \
+        "each batch needs seeds of its own: row b of one draws from seed + b"
+    assert len(given) < 2 * len(text), "what follows a stop string was written, for nothing"
+
+
+def test_a_long_prompt_keeps_its_end_behind_bos_and_is_counted(
+        checkpoint, tokenizer, tmp_path, capsys, monkeypatch):
+    (tmp_path / "humaneval").mkdir()
+    prompts = ["def short():\n", "# a long comment\n" * 40 + "def long():\n"]
+    (tmp_path / "humaneval" / "HumanEval.jsonl.gz").write_bytes(gzip.compress("\n".join(
+        json.dumps({"task_id": str(i), "prompt": prompt, "entry_point": "f", "test": ""})
+        for i, prompt in enumerate(prompts)).encode()))
+    asked = []
+    monkeypatch.setattr(evaluate, "write_programs", lambda prompts, *_, **sampling: (
+        asked.append(prompts), [(["    pass"] * len(prompts), evaluate.Stats())])[1])
+    load = evaluate.load
+
+    def load_with_bos(*args):
+        model, tokenizer = load(*args)
+        tokenizer.bos_id = 7
+        return model, tokenizer
+    monkeypatch.setattr(evaluate, "load", load_with_bos)
+    evaluate.main(["humaneval", "--target", checkpoint("t"), "--data", str(tmp_path), "--bos",
+                   "--json", str(tmp_path / "run.json")])
+    short, long = map(tokenizer.encode, prompts)
+    assert asked[0] == [[7, *short], [7, *long[-48:]]], "three quarters of a context of 64"
+    assert "1 prompts have more than 48 tokens" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run.json").read_text())["tasks"]["greedy alone"]["cut"] == 1
+
+
+def test_programs_count_as_caged_only_if_all_were(monkeypatch):
+    monkeypatch.setattr(evaluate, "run_program", lambda program, *_: (True, program != "p2"))
+    problems = [{"prompt": "p", "test": "", "entry_point": "f"}] * 3
+    assert evaluate.judge(problems, ["0", "1", "2"]) == ([1, 1, 1], False)
+    assert evaluate.judge(problems, ["0", "1", "3"]) == ([1, 1, 1], True)
+
+
+def test_what_was_scored_before_a_failure_is_kept(checkpoint, arc_data, tmp_path, monkeypatch):
+    write_rows(Path(arc_data), "piqa", [ROWS["piqa"][0]])
+    whole = evaluate.score
+
+    def score_arc(model, requests, title):
+        if title == "piqa":
+            raise KeyboardInterrupt
+        return whole(model, requests, title)
+    monkeypatch.setattr(evaluate, "score", score_arc)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([checkpoint("a"), "--tasks", "arc_easy,piqa", "--data", arc_data,
+                       "--json", str(tmp_path / "run.json")])
+    assert ended.value.code == 130
+    assert json.loads((tmp_path / "run.json").read_text())["tasks"]["arc_easy"]["n"] == 30
+    assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 30
 
 
 def test_runs_are_drawn_as_svg(tmp_path, capsys):
@@ -563,7 +645,7 @@ def test_runs_are_drawn_as_svg(tmp_path, capsys):
     ('{"goal": "g", "sol1": "a", "label": 0}\n', "valid.jsonl:1 is not a row of piqa"),
     ('{"goal": "g", "sol1": "a", "sol2": "b", "label": -1}\n', "valid.jsonl:1 is not a row"),
     ('{"goal": "g", "sol1": "", "sol2": "b", "label": 0}\n', "valid.jsonl:1 is not a row"),
-    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 0.5}\n', "valid.jsonl:1 is not a row"),
+    ('{"goal": "g", "sol1": "a", "sol2": "b", "label": 1.0}\n', "valid.jsonl:1 is not a row"),
     ("[1, 2]\n", "valid.jsonl:1 is not a row of piqa"),
     ("[" * 100000, "valid.jsonl:1 is not a row of piqa"),
     ("", "valid.jsonl:1 is not a row of piqa"),
@@ -586,7 +668,11 @@ def test_a_malformed_row_is_named(content, complaint, checkpoint, tmp_path, caps
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--shots", "-1"], "--shots is -1"),
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--json", "run.jsonl"], "in .jsonl"),
     (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--json", "nowhere/run.json"],
-     "'nowhere/run.json' cannot be written: expected the name of a file, in a folder that exists"),
+     "'nowhere/run.json' cannot be written (No such file or directory): expected the name of a"),
+    (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--json", "/proc/run.json"],
+     "'/proc/run.json' cannot be written"),
+    (["CHECKPOINT", "--tasks", "arc_easy", "--data", "ROWS", "--json", "ROWS"],
+     "(it is a folder or a device)"),
     (["CHECKPOINT", "--text", "nothing.txt"], "nothing.txt"),
     (["nowhere", "--tasks", "arc_easy", "--data", "ROWS"], "nowhere"),
     (["CHECKPOINT", "--colour"], "unrecognized arguments: --colour"),
@@ -633,8 +719,8 @@ def test_a_model_that_knows_fewer_tokens_than_its_tokenizer_is_refused(
         tiny, tokenizer, arc_data, tmp_path, capsys):
     tiny(torch.float32, vocab_size=100).save_pretrained(tmp_path / "small")
     tokenizer.save(tmp_path / "small")
-    assert "100" in refuses(capsys, str(tmp_path / "small"), "--tasks", "arc_easy",
-                            "--data", arc_data)
+    assert "the model 100: use the tokenizer" in refuses(
+        capsys, str(tmp_path / "small"), "--tasks", "arc_easy", "--data", arc_data)
 
 
 # ---------------------------------------------------------------------------- against the harness

@@ -3,11 +3,14 @@
 Each attack defines f so that f() == 1 only if the attack got through; check() asserts that. None
 would do harm if it did get through: what kills only asks whether it could, what floods is bounded.
 """
+import array
+import fcntl
 import inspect
 import os
 import socket
 import subprocess
 import sys
+import termios
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -47,9 +50,9 @@ ATTACKS = {
                                     "    frame.f_globals['check'] = lambda f: None\n"
                                     "    return trace\nsys._getframe().f_trace = trace\n"
                                     "sys.settrace(trace)\nsys.setprofile(trace)",
-    "a check replaced by a thread": "import threading\ndef f(): pass\ndef swap():\n"
-                                    "    while True: globals()['check'] = lambda f: None\n"
-                                    "threading.Thread(target=swap, daemon=True).start()",
+    "a check replaced as it is deleted": "class Swap:\n    def __del__(self):\n"
+                                         "        globals()['check'] = lambda f: None\n"
+                                         "check = Swap()\ndef f(): pass",
     "tests swallowed by a string": "def f(): pass\ncheck = '''",
     "the word looked for in memory": """
 import gc, os, re, sys
@@ -87,8 +90,7 @@ time.sleep(60)
 """
 ATTACKS["its own guard killed"] = """
 import os, posix, time
-if os.getppid():
-    os.setsid()
+if os.getppid() > 1:
     os.closerange(3, 99)
     posix.kill(os.getppid(), 9)
     time.sleep(60)
@@ -99,7 +101,7 @@ CAGE_ATTACKS = {
     "a process that outlives it": "import os, time\nif os.fork() == 0:\n    os.setsid()\n"
                                   "    time.sleep(60)\ndef f(): return 1",
     "a program started": "import subprocess\ndef f():\n"
-                         "    return 1 + subprocess.run(['/bin/true']).returncode",
+                         "    return 1 + subprocess.run(['/usr/bin/true']).returncode",
     "many files": "def f():\n    for i in range(100):\n"
                   "        with open(str(i), 'wb') as file: file.write(bytes(1 << 20))\n"
                   "    return 1",
@@ -109,19 +111,27 @@ CAGE_ATTACKS = {
                         "    for place in ('/tmp/', '/var/tmp/', '/dev/shm/', HERE):\n"
                         "        try: open(place + 'MARKER', 'w'); return 1\n"
                         "        except OSError: pass",
-    "the mounts made writable again": "import ctypes\ndef f():\n"
-                                      "    libc = ctypes.CDLL(None)\n    libc.umount2(b'.', 2)\n"
+    "the mounts made writable again": "import ctypes, os\ndef f():\n"
                                       "    attr = (ctypes.c_uint64 * 4)(0, 1, 0, 0)\n"
-                                      "    libc.syscall(442, -100, b'/', 0, attr, 32)\n"
-                                      "    open('/tmp/MARKER', 'w')\n    return 1",
+                                      "    libc = ctypes.CDLL(None)\n"
+                                      "    libc.syscall(442, -100, b'/', 0x8000, attr, 32)\n"
+                                      "    open(os.__file__, 'r+')\n    return 1",
     "the parent's environment": "import os, glob\ndef f():\n    found = set(os.environ) - "
                                 "{'LC_CTYPE'}\n    for path in glob.glob('/proc/*/environ'):\n"
                                 "        try: found |= set(open(path, 'rb').read())\n"
                                 "        except OSError: pass\n    return int(bool(found))",
     "every process killed": "import posix\ndef f():\n    posix.kill(-1, 0)\n    return 1",
-    "the parent killed": "import os\ndef f():\n    return int(os.getppid() > 0)",
-    "a device": "import os, stat\ndef f():\n    os.mknod('disk', stat.S_IFBLK | 0o600, 259 << 8)\n"
+    "the parent killed": "import os\ndef f():\n    return int(os.getppid() > 1)",
+    "a thread": "import threading\ndef f():\n    threading.Thread(target=int).start()\n"
                 "    return 1",
+    "shared memory": "import ctypes\ndef f():\n"
+                     "    return int(ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0)",
+    "the mode of what is open": "import os\ndef f():\n    os.fchmod(0, 0o666)\n    return 1",
+    "room on the disk taken": "import os\ndef f():\n    for fd in range(3, 64):\n"
+                              "        try: os.posix_fallocate(fd, 0, 1 << 20); return 1\n"
+                              "        except OSError: pass",
+    "a namespace of its own": "import ctypes\ndef f():\n"
+                              "    return 1 + ctypes.CDLL(None).unshare(0x20000)",
     "a look at the user's files": "import os\ndef f():\n    return int(any(map(os.path.exists, "
                                   "('/etc', '/proc', '/dev', '/tmp', HERE))))",
     "a file of Python's own": "import os\ndef f():\n    open(os.__file__, 'r+')\n    return 1",
@@ -148,7 +158,7 @@ def survivors(monkeypatch):
     """A function that lists the processes still there that this test has started."""
     marker = uuid.uuid4().hex
     source = inspect.getsource(evaluate.cage)
-    monkeypatch.setattr(evaluate.inspect, "getsource", lambda _: f"{source}\n# {marker}")
+    monkeypatch.setattr(evaluate, "CAGE", f"{source}\n# {marker}\ncage()")
 
     def look(times: int = 20) -> list[str]:
         for _ in range(times):          # what was killed may take a moment to be gone
@@ -167,7 +177,9 @@ def survivors(monkeypatch):
 
 
 def attack(program: str, survivors) -> None:
+    began = time.monotonic()
     passed, _ = evaluate.run_program(program, CHECK, "f", seconds=2)
+    assert time.monotonic() - began < 6, "the cage's own clock, of 2 seconds, did not end it"
     assert not passed, "the attack was counted as a right answer: look at evaluate.cage()"
     assert not survivors(), "a process of the attack is still running: look at evaluate.cage()"
     assert evaluate.run_program(RIGHT, CHECK, "f")[0], "after the attack a right program fails"
@@ -180,12 +192,12 @@ def test_no_attack_passes(name, survivors):
 
 @pytest.mark.parametrize("name", ["exit(0) when it is called", "os._exit(0)", "an infinite loop",
                                   "8 GB of memory", "a printed 'passed'", "a file of 100 MB",
-                                  "its own guard killed"])
+                                  "its own guard killed", "a fork bomb", "a thread"])
 def test_no_attack_passes_where_the_kernel_gives_no_namespaces(name, survivors, monkeypatch):
     monkeypatch.setattr(evaluate, "NAMESPACES", -1)
     assert evaluate.run_program(RIGHT, CHECK, "f") == (True, False), \
         "a run without namespaces must work and must say that it was not caged"
-    attack(ATTACKS[name], survivors)
+    attack(ATTACKS[name] if name in ATTACKS else CAGE_ATTACKS[name], survivors)
 
 
 @needs_cage
@@ -197,13 +209,15 @@ def test_no_attack_leaves_the_cage(name, survivors):
     assert not marker.exists(), "the attack wrote outside its folder"
 
 
+@needs_cage
 def test_nothing_goes_on_when_the_evaluation_is_killed(survivors):
-    script = (f"import evaluate; evaluate.inspect.getsource = lambda _: "
-              f"{evaluate.inspect.getsource(evaluate.cage)!r}\n"
-              f"evaluate.run_program({ATTACKS['a long sleep']!r}, {CHECK!r}, 'f', 60)")
+    sleeper = "import ctypes, time\nctypes.CDLL(None).prctl(1, 0)\ntime.sleep(60)"
+    script = (f"import evaluate; evaluate.CAGE = {evaluate.CAGE!r}\n"
+              f"evaluate.run_program({sleeper!r}, {CHECK!r}, 'f', 60)")
     evaluation = subprocess.Popen([sys.executable, "-c", script],
                                   cwd=Path(evaluate.__file__).parent)
-    while not survivors(1):
+    while len(survivors(1)) < 3:        # the guard, the first process of its namespace, the program
+        assert evaluation.poll() is None, "the evaluation ended by itself"
         time.sleep(0.1)
     evaluation.kill()
     evaluation.wait()
@@ -243,15 +257,42 @@ def test_attacks_side_by_side_leave_no_files_behind(tmp_path, monkeypatch, survi
 
 def test_what_a_program_prints_does_not_reach_the_parent(monkeypatch):
     class Recorder(subprocess.Popen):
-        def __init__(self, *args, stdout, **settings):
-            answers.append(os.dup(stdout.fileno()))
+        def __init__(self, *args, stdout=None, **settings):
+            if stdout is not None:
+                answers.append(os.dup(stdout))
             super().__init__(*args, stdout=stdout, **settings)
 
-    answers = []
+        def communicate(self, *args, **settings):
+            said = super().communicate(*args, **settings)
+            sizes.append(array.array("i", [0]))
+            fcntl.ioctl(answers[0], termios.FIONREAD, sizes[-1])
+            return said
+
+    answers, sizes = [], []
     monkeypatch.setattr(evaluate.subprocess, "Popen", Recorder)
     loud = "import sys\ndef f():\n    print('x' * 10**7, flush=True)\n    return 1"
     assert evaluate.run_program(loud, CHECK, "f") == (True, CAGED)
-    assert os.fstat(answers[0]).st_size < 100, "an endless print would fill the disk"
+    os.close(answers[0])
+    assert 0 < sizes[0][0] < 100, "a program's print reaches the evaluation"
+
+
+@pytest.mark.parametrize("program", [
+    "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    "@dataclass\nclass P:\n    x: int\ndef f():\n    return P(1).x",
+    "import asyncio, collections, decimal, hashlib, heapq, itertools, json, math, random, re, "
+    "tempfile, typing\ndef f():\n    tempfile.TemporaryFile().write(b'x')\n    return 1",
+    "def f():\n    return 1 \\",
+])
+def test_what_right_programs_need_is_there(program):
+    assert evaluate.run_program(program, CHECK, "f")[0]
+
+
+def test_a_folder_of_any_depth_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(evaluate, "NAMESPACES", -1)
+    deep = "import os\nfor _ in range(2000):\n    os.mkdir('a')\n    os.chdir('a')\n" + RIGHT
+    assert evaluate.run_program(deep, CHECK, "f") == (True, False)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_data
