@@ -439,7 +439,8 @@ def held_out(folder: str) -> dict[str, list[str]]:
         texts[source] = [corpus.tokenizer.decode(document[:-1].tolist())
                          for document in np.split(tokens, ends + 1)[:-1]]
     if not any(map(any, texts.values())):
-        raise ValueError(f"{folder} holds no validation text: prepare it with a val_fraction")
+        raise ValueError(f"{folder} holds no validation text: prepare it with a --val-fraction "
+                         "above 0")
     return {source: documents for source, documents in texts.items() if any(documents)}
 
 
@@ -740,19 +741,21 @@ def cage() -> None:
     os.umask(0o022)
     uid, gid, libc = os.geteuid(), os.getegid(), ctypes.CDLL(None)
     libc.prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG: end with the evaluation
-    libc.syscall({"x86_64": 250, "aarch64": 219}[os.uname().machine], 1, None)  # a keyring apart
+    keyctl = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine, -1)
+    libc.syscall(keyctl, 1, None)   # KEYCTL_JOIN_SESSION_KEYRING: away from the user's keys
     if uid == 0:                    # no limit on processes binds root; its real uid counts there,
         os.setresuid(65534, 0, 0)   # and the effective one opens Python's files
     caged = libc.unshare(flags) == 0
     if caged:
         try:
-            for name, text in (("self/setgroups", "deny"), ("self/uid_map", f"0 {uid} 1"),
-                               ("self/gid_map", f"0 {gid} 1"), ("sys/kernel/shmmni", "0"),
-                               ("sys/kernel/msgmni", "0"), ("sys/kernel/sem", "0")):
-                # Shared memory and its like lie outside of the limits, as older kernels leave them.
-                with contextlib.suppress(*[OSError] * name.startswith("sys")):
-                    with open("/proc/" + name, "w") as file:
-                        file.write(text)
+            for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"),
+                               ("gid_map", f"0 {gid} 1")):
+                with open("/proc/self/" + name, "w") as file:
+                    file.write(text)
+            with contextlib.suppress(OSError):      # older kernels refuse it
+                for name in ("shmmni", "msgmni", "sem"):        # what no limit below counts: none
+                    with open("/proc/sys/kernel/" + name, "w") as file:
+                        file.write("0")
 
             def restrict(attributes: int) -> int:       # mount_setattr, recursive
                 return libc.syscall(442, -100, b"/", 0x8000, (ctypes.c_uint64 * 4)(attributes), 32)

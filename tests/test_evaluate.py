@@ -486,6 +486,12 @@ def test_comparing_pairs_the_rows_and_refuses_what_was_measured_differently(
         only_a, only_b, evaluate.mcnemar(only_a, only_b)], abs=1e-4)
     assert "max_len is 64" in refuses(capsys, "compare", files["a"], files["short"])
     assert "sha256" in refuses(capsys, "compare", files["a"], files["fewer"])
+    run = json.loads(Path(files["b"]).read_text())
+    run["settings"]["max_new_tokens"] = 4
+    Path(files["fewer"]).write_text(json.dumps(run))
+    Path(files["fewer"]).with_suffix(".jsonl").write_text(
+        Path(files["b"]).with_suffix(".jsonl").read_text())
+    assert "max_new_tokens is None" in refuses(capsys, "compare", files["a"], files["fewer"])
     rows = Path(files["b"]).with_suffix(".jsonl")
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:7]))
     assert "7 rows of arc_easy" in refuses(capsys, "compare", files["a"], files["b"])
@@ -506,6 +512,9 @@ def test_held_out_documents_of_prepared_data_are_scored_by_source(
     result = json.loads(file.read_text())["texts"]
     assert result["two"]["bytes"] == len("".join(texts["two"]).encode())
     assert result["two"]["documents"] == len(texts["two"]) > 0
+    prepare([f"one={tmp_path}/one.jsonl"], tokenizer, tmp_path / "none", val_fraction=0)
+    assert "holds no validation text" in refuses(
+        capsys, checkpoint("a"), "--data", str(tmp_path / "none"))
 
 
 def test_humaneval_measures_both_decoders_and_runs_nothing_unasked(
