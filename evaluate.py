@@ -38,7 +38,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -465,7 +465,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, source: str,
 
 def settings_of(args, model: Transformer, tokenizer: Tokenizer) -> dict:
     """What two runs must share to be compared, and what else one will want to know later.
-    Raises ValueError for a --bos or --json that cannot be, before any work is done."""
+    Raises ValueError for a --bos or --json that cannot be, before anything is scored."""
     if args.bos and tokenizer.bos_id is None:
         raise ValueError("--bos: the checkpoint's tokenizer has no BOS token; leave --bos out")
     if args.json:
@@ -551,7 +551,7 @@ def read_run(path: str) -> tuple[dict, dict[str, list[int]]]:
         report = json.loads(Path(path).read_bytes())
         for row in map(json.loads, rows_file(path).open("rb")):
             if "acc" in row:
-                solved[row["task"]].append([0, 1].index(row["acc"]))
+                solved[row["task"]].append([0, 1].index(row["acc"]))    # or a ValueError
         for name, found in solved.items():
             if len(found) != report["tasks"][name]["n"]:
                 raise ValueError(f"{len(found)} rows of {name}")
@@ -847,10 +847,10 @@ def run_program(program: str, tests: str, entry_point: str, seconds: int = 10) -
         except subprocess.TimeoutExpired:       # the cage has a clock of its own: it is stuck
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        os.set_blocking(answer, False)          # flooded or held open: 99 bytes now, or none
-        said = os.read(answer, 99)
-    except BlockingIOError:
         said = b""
+        os.set_blocking(answer, False)
+        with suppress(BlockingIOError):         # flooded or held open: 99 bytes now, or none
+            said = os.read(answer, 99)
     finally:
         os.close(end)
         os.close(answer)

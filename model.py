@@ -592,7 +592,7 @@ class FewRowsLinear(nn.Module):
     product that should take no longer than reading W.
 
     On a CPU, PyTorch's own product has a fast path for one row and falls off it at two; with W laid
-    out anew by oneDNN, six rows take 1.0 to 1.2 times as long as one (benchmarks/decoding.py prints
+    out anew by oneDNN, six rows take 0.9 to 1.2 times as long as one (benchmarks/decoding.py prints
     it). On a GPU, compiled, one row or two (a draft's first step) take sums() instead.
     """
 

@@ -246,6 +246,17 @@ def test_no_attack_reaches_a_socket_of_this_machine(survivors):
     os.unlink(path)
 
 
+def test_a_program_that_could_not_be_started_is_not_counted_as_wrong(monkeypatch):
+    def start(command, *args, **settings):
+        if "rm" in command:
+            return popen(command, *args, **settings)
+        raise BlockingIOError("no more processes")
+    popen = subprocess.Popen
+    monkeypatch.setattr(evaluate.subprocess, "Popen", start)
+    with pytest.raises(BlockingIOError):
+        evaluate.run_program(RIGHT, CHECK, "f")
+
+
 def test_attacks_side_by_side_leave_no_files_behind(tmp_path, monkeypatch, survivors):
     monkeypatch.setattr(evaluate.tempfile, "tempdir", str(tmp_path))
     programs = [ATTACKS["a file of 100 MB"], ATTACKS["an infinite loop"], RIGHT, RIGHT]
