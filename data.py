@@ -128,6 +128,14 @@ class Tokenizer:
         """Special tokens that stand in the text are text; nothing is added before or after."""
         return self.encoding.encode_ordinary(text)
 
+    def prompt(self, text: str) -> list[int]:
+        """Encode the start of a text that a model is to go on with: BOS first, if there is one."""
+        return [self.bos_id] * self.add_bos + self.encode(text)
+
+    @property
+    def add_bos(self) -> bool:
+        return self.bos_id is not None
+
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
         """What the tokens add to a text; nothing for ids with which a model's table was padded."""
         return b"".join([self.pieces[token] for token in tokens if token < len(self.pieces)])
@@ -914,7 +922,7 @@ READERS = {"tokenizer.tiktoken": read_tiktoken, "tokenizer.model": read_sentence
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer's file, or the one in a folder."""
-    path = Path(path).expanduser()
+    path = checkpoint_folder(path)
     if path.is_dir():
         path = next((path / name for name in READERS if (path / name).exists()), path)
     read = READERS.get(f"tokenizer{path.suffix}")
@@ -967,6 +975,60 @@ def fetch(task: str, out: str | Path) -> None:
                 raise ValueError(f"cannot fetch {name} from {path}: {reason}") from error
             write_atomically(Path(out).expanduser() / name / file,
                              gzip.compress(content) if file.endswith(".gz") else content)
+
+
+# --------------------------------------------------------------------------- files of all scripts
+
+def check_writable(path: str | Path) -> Path:
+    """The path of a file that is to be written later: ValueError now rather than after hours."""
+    path = Path(path)
+    try:
+        if not path.name or path.exists() and not path.is_file():
+            raise ValueError("it is a folder or a device")
+        trial = path.with_name(path.name + ".tmp")          # write_whole's temporary file
+        trial.touch()
+        trial.unlink()
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)!r} cannot be written ({reason}): expected the name of a "
+                         "file, in a folder that exists") from None
+    return path
+
+
+def write_whole(path: str | Path, chunks: Iterable[bytes]) -> None:
+    """Write a file under a temporary name, sync it to the disk, then rename it.
+
+    A crash at any moment leaves the old file or the new one, never a part of one.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"could not write {path} ({error.strerror}): free some space or choose "
+                         "another folder; what was there before is unchanged") from None
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The newest checkpoint of a run's folder: NAME -> NAME/step-000320.
+
+    A folder that is a checkpoint itself (it has a config.json), or that has no steps, is returned
+    as it is. A step that is still being written has another name, step-000320.partial.
+    """
+    path = Path(path).expanduser()
+    steps = [step for step in path.glob("step-*") if step.name[5:].isdecimal() and step.is_dir()]
+    if not steps or (path / "config.json").exists():
+        return path
+    return max(steps, key=lambda step: int(step.name[5:]))
 
 
 # --------------------------------------------------------------------------------- command line
