@@ -1,39 +1,105 @@
-"""How fast is a round of speculative decoding? Ours, and with --peers transformers' beside it.
+"""How fast is speculative decoding? Ours, and with --peers transformers' beside it.
 
-Two models, from presets with random weights or from checkpoint folders, continue the same prompts
-greedily: plainly, and with the draft's help. The table gives what one step of each part costs and
-what comes out a second; --peers runs transformers' generate and assisted generation on the same
-weights and prompts, in turns with ours, so that a drift of the machine's speed meets all alike.
+A target and one or more drafts, from presets with random weights or from checkpoint folders,
+continue the same prompts in several ways: the target alone, then helped by the draft with each
+--gamma, greedily or sampled. The ways take turns, prompt by prompt, so that a drift of the
+machine's speed meets all of them. The tables say what comes out a second, what each part costs,
+and what speed-up the parts predict.
+
+--embed-in gives a trained model the cost of a large one: its checkpoint's function in a larger
+shape, with the same logits (see embed_in). Small models that share a training run can then show
+what speculative decoding gains for a 7B model at their rate of acceptance.
 
     python benchmarks/decoding.py --target codellama-7b --draft amd-135m --graphs --dtype bfloat16
     python benchmarks/decoding.py --target out/demo-target --draft out/demo-draft --peers
+    python benchmarks/decoding.py --target out/amd-135m-code --embed-in codellama-7b \\
+        --draft out/amd-135m --gamma 5 3 8 auto --sampling greedy 0.1,10,0.95 --peers --graphs
 """
 import argparse
+import json
+import statistics
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import load_tokenizer
-from model import PRESETS, Transformer, prepare_for_decoding, resolve_device
-from speculative import Decoder, Stats, held_out_prompts, predicted_speedup, step_costs
+from data import check_writable, load_tokenizer, write_whole
+from model import PRESETS, ModelConfig, Transformer, prepare_for_decoding, resolve_device
+from speculative import Decoder, Stats, expected_tokens, held_out_prompts
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype) -> Transformer:
-    if name not in PRESETS:
-        return Transformer.from_pretrained(name, device, dtype)
+# ------------------------------------------------------------------------------------- the models
+
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)          # a 7B model in float32 first would need twice the room
     try:
         with device:
-            return Transformer(PRESETS[name])
+            return Transformer(config)
     finally:
         torch.set_default_dtype(default)
 
+
+@torch.no_grad()
+def embed_in(model: Transformer, shape: ModelConfig) -> Transformer:
+    """The function of `model` in a larger shape: the same logits at the larger shape's cost.
+
+    With C = 768 channels in a width of W = 4096, the residual stream is the small model's in its
+    first C channels and zero in the others:
+
+        embed_tokens, o_proj, down_proj     what writes into the stream writes zeros beyond C, and
+                                            zeros for the further heads and hidden channels
+        further layers                      o_proj and down_proj are zero: they add nothing
+        norms                               the mean square is over W instead of C channels, so C/W
+                                            times as large. With eps times C/W, the norm's result is
+                                            sqrt(W/C) too large, so its weights get sqrt(C/W).
+
+    All other new entries multiply zeros, or make numbers that zeros multiply: they stay random, so
+    the arithmetic is that of any model. The size of a head stays (RoPE turns pairs of a head's
+    channels), so there are W / D heads, with as many query heads to a key head as before.
+    """
+    small, D = model.config, model.config.head_dim
+    C, W = small.hidden_size, shape.hidden_size
+    group = small.num_attention_heads // small.num_key_value_heads
+    if (W % (D * group) or W < C or shape.intermediate_size < small.intermediate_size
+            or shape.num_hidden_layers < small.num_hidden_layers):
+        raise ValueError(
+            f"a model of {small.num_hidden_layers} layers, {C} channels in heads of {D} and "
+            f"{small.intermediate_size} hidden channels does not fit into {shape.num_hidden_layers}"
+            f" layers, {W} and {shape.intermediate_size}: choose a larger --embed-in, whose width "
+            f"is a multiple of {D * group}")
+    large = random_model(replace(
+        small, hidden_size=W, intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers, num_attention_heads=W // D,
+        num_key_value_heads=W // D // group, rms_norm_eps=small.rms_norm_eps * C / W),
+        model.device, model.dtype)
+    weights = dict(model.named_parameters())
+    for name, parameter in large.named_parameters():
+        if name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
+        if name in weights:                                 # not in a further layer
+            weight = weights[name] * (C / W) ** 0.5 if "norm" in name else weights[name]
+            parameter[tuple(map(slice, weight.shape))] = weight
+    return large
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype, embed: str = "") -> Transformer:
+    if name in PRESETS:
+        if embed:
+            raise ValueError(f"--target {name} is a preset, and --embed-in {embed} needs the folder "
+                             "of a checkpoint: give one, or leave --embed-in out")
+        return random_model(PRESETS[name], device, dtype)
+    model = Transformer.from_pretrained(name, device, dtype)
+    return embed_in(model, PRESETS[embed]) if embed else model
+
+
+# --------------------------------------------------------------------------------- transformers'
 
 def peer(model: Transformer, vocab_size: int):
     """The same weights, not a copy of them, in transformers' LlamaForCausalLM.
@@ -59,94 +125,281 @@ def peer(model: Transformer, vocab_size: int):
     return other.eval()
 
 
-def peer_run(target, draft, prompt: list[int], tokens: int, gamma: int) -> tuple[list[int], float]:
-    settings = dict(do_sample=False, max_new_tokens=tokens, pad_token_id=0)
-    if draft is not None:
-        draft.generation_config.num_assistant_tokens = gamma
-        draft.generation_config.num_assistant_tokens_schedule = "constant"
-        draft.generation_config.assistant_confidence_threshold = 0.0
-        settings["assistant_model"] = draft
-    inputs = torch.tensor([prompt], device=target.device)
+# ------------------------------------------------------------------- ways to decode, taking turns
+
+@dataclass
+class Way:
+    """One way to continue a prompt, and a row of the table."""
+    name: str
+    decode: Callable            # (prompt, new tokens, seed, Stats to count in) -> the new tokens
+    prompts: int                # how many of the prompts it continues
+    plain: "Way | None" = None  # plain decoding of its kind, which its speed-up is measured against
+    gamma: int | str = 0
+    draft: str = ""
+    decoder: Decoder | None = None
+    stats: Stats = field(default_factory=Stats)
+    texts: list[list[int]] = field(default_factory=list)
+
+
+def our_way(name: str, decoder: Decoder, prompts: int, eager: bool = False, **fields) -> Way:
+    def decode(prompt: list[int], new: int, seed: int, stats: Stats) -> list[int]:
+        # Some ways of a run are compiled and others are not: the models are the same.
+        stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
+        with stance:
+            return [token for round_ in decoder.generate([prompt], new, seed=seed, stats=stats)
+                    for token in round_.tokens[0]]
+    return Way(name, decode, prompts, decoder=decoder, **fields)
+
+
+def peer_way(name: str, target, helper, prompts: int, sampling: dict, **fields) -> Way:
+    settings = {"do_sample": False, "pad_token_id": 0}
+    if sampling["temperature"]:
+        settings |= sampling | {"do_sample": True}
+    if helper is not None:
+        settings["assistant_model"] = helper
+
+    def decode(prompt: list[int], new: int, seed: int, stats: Stats) -> list[int]:
+        if helper is not None:
+            auto = fields["gamma"] == "auto"
+            helper.generation_config.num_assistant_tokens = 5 if auto else fields["gamma"]
+            helper.generation_config.num_assistant_tokens_schedule = (
+                "heuristic" if auto else "constant")
+            helper.generation_config.assistant_confidence_threshold = 0.0
+        torch.manual_seed(seed)
+        inputs = torch.tensor([prompt], device=target.device)
+        began = time.perf_counter()
+        text = target.generate(inputs, max_new_tokens=new, **settings)[0, len(prompt):].tolist()
+        stats.seconds += time.perf_counter() - began
+        stats.emitted += len(text)
+        return text
+    return Way(name, decode, prompts, **fields)
+
+
+def all_ways(args: argparse.Namespace, sampling: dict, target: Transformer,
+             drafts: dict[str, Transformer], peers: list, length: int) -> list[Way]:
+    """The first draft helps with every --gamma, and further drafts with the first --gamma. With
+    --graphs, gamma "auto" and a plain decoding to compare it with run without them."""
+    fast = {"length": length, "graphs": args.graphs} | sampling
+    slow = {"length": length} | sampling
+    eager = {"prompts": args.eager_prompts, "eager": args.graphs}
+    ways = [our_way("plain", Decoder(target, **fast), args.prompts)]
+    for draft, model in drafts.items():
+        for gamma in args.gamma if draft == args.draft[0] else args.gamma[:1]:
+            name = f"gamma {gamma}"
+            if gamma != "auto" or not args.graphs:
+                ways.append(our_way(name, Decoder(target, model, gamma, **fast), args.prompts,
+                                    plain=ways[0], gamma=gamma, draft=draft))
+                continue
+            ways.append(plain := our_way("plain, eager", Decoder(target, **slow), **eager))
+            ways.append(our_way(f"{name}, eager", Decoder(target, model, gamma, **slow), **eager,
+                                plain=plain, gamma=gamma, draft=draft))
+    if peers:
+        number = args.eager_prompts
+        plain = peer_way("transformers' generate", peers[0], None, number, sampling)
+        ways.append(plain)
+        for gamma in dict.fromkeys((args.gamma[0], *("auto" for g in args.gamma if g == "auto"))):
+            ways.append(peer_way(f"assisted generation, {gamma}", *peers, number, sampling,
+                                 plain=plain, gamma=gamma, draft=args.draft[0]))
+    return ways
+
+
+def take_turns(ways: list[Way], prompts: list[list[int]], new: int) -> None:
+    for way in ways:                                    # warm up, and forget
+        way.decode(prompts[0], min(new, 16), 0, Stats())
+    for i, prompt in enumerate(prompts):
+        for way in ways:
+            if i < way.prompts:
+                way.texts.append(way.decode(prompt, new, i, way.stats))
+
+
+# ------------------------------------------------------------------------------ what parts cost
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(decoder: Decoder, step: Callable, position: int | None) -> float:
+    """Seconds of one call of `step`, with every cache at `position`."""
+    for cache in decoder.caches if position is not None else ():
+        cache.position.fill_(position)
+    synchronize(decoder.target.device)
     began = time.perf_counter()
-    new = target.generate(inputs, **settings)[0, len(prompt):].tolist()
-    return new, time.perf_counter() - began
+    step()
+    synchronize(decoder.target.device)
+    return time.perf_counter() - began
+
+
+@torch.inference_mode()
+def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> dict[str, float]:
+    """Seconds of the parts of both ways to decode: medians of 30, taken in turns."""
+    plain.start([prompt])
+    fast.start([prompt])
+    if plain.graphs and fast.graphs:
+        graphs = plain.graphs[0][0] + fast.graphs[G][0]
+        steps = [graph.replay for graph in graphs]
+    else:
+        drafts = fast.propose(G)
+        steps = [plain.plain_step, lambda: fast.propose(G), lambda: fast.decide(*drafts)]
+    parts = {"token_s": (plain, steps[0]), "drafts_s": (fast, steps[1]),
+             "verify_s": (fast, steps[2])}
+    times = {name: [] for name in parts}
+    for _ in range(30):
+        for name, (decoder, step) in parts.items():
+            times[name].append(seconds_of(decoder, step, len(prompt)))
+    costs = {name: statistics.median(values) for name, values in times.items()}
+    for name, decoder in (("read_plain_s", plain), ("read_s", fast)):
+        costs[name] = statistics.median(
+            seconds_of(decoder, lambda: decoder.start([prompt]), None) for _ in range(5))
+    return costs
+
+
+def predicted_speedup(alpha: float, gamma: int, costs: dict[str, float], new: int) -> float:
+    """What the parts predict for `new` tokens after a prompt, its reading included."""
+    rounds = new / expected_tokens(alpha, gamma)
+    plain = costs["read_plain_s"] + new * costs["token_s"]
+    return plain / (costs["read_s"] + rounds * (costs["drafts_s"] + costs["verify_s"]))
+
+
+# ------------------------------------------------------------------------------------ the report
+
+def figures_of(way: Way, sampling: dict, first: Way, prompt: list[int], new: int) -> dict:
+    """The figures of one way, for its row of the table and for --json."""
+    stats, plain = way.stats, way.plain or way
+    compared = way.plain or first
+    row = {**sampling, "way": way.name, "draft": way.draft, "gamma": way.gamma,
+           "prompts": way.prompts, "tokens_per_s": stats.tokens_per_s,
+           "speedup": stats.tokens_per_s / plain.stats.tokens_per_s,
+           "texts_as_plain": None if sampling["temperature"] else sum(
+               map(list.__eq__, way.texts, compared.texts))}
+    if way.decoder is None or not way.gamma:
+        return row
+    row |= {"accepted_per_drafted": stats.accepted_per_drafted, "alpha": stats.alpha_overlap,
+            "tokens_per_round": stats.tokens_per_round, "mean_gamma": stats.drafted / stats.rounds}
+    if way.gamma != "auto":
+        costs = step_costs(plain.decoder, way.decoder, prompt, way.gamma)
+        row |= costs | {"graphs": bool(way.decoder.graphs), "predicted_speedup": predicted_speedup(
+            stats.alpha_overlap, way.gamma, costs, new)}
+    return row
+
+
+def print_tables(rows: list[dict]) -> None:
+    def number(row: dict, name: str, form: str) -> str:
+        return format(row[name], form) if name in row else ""
+
+    print("| sampling | way | draft | tokens/s | speed-up | predicted | accepted/drafted | tokens a "
+          "round | texts as plain |\n|---|---|---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        sampled = f"{row['temperature']}, {row['top_k']}, {row['top_p']}"
+        print(" | ".join(["| " + (sampled if row["temperature"] else "greedy"), row["way"],
+                          row["draft"], f"{row['tokens_per_s']:.1f}", f"{row['speedup']:.2f}",
+                          number(row, "predicted_speedup", ".2f"),
+                          number(row, "accepted_per_drafted", ".3f"),
+                          number(row, "tokens_per_round", ".2f"),
+                          "" if row["texts_as_plain"] is None else
+                          f"{row['texts_as_plain']} of {row['prompts']}"]) + " |")
+    print("\n| milliseconds | target, a token | draft, a token | verifying gamma + 1 | a round | "
+          "reading a prompt, plain and with the draft |\n|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        if "token_s" in row:
+            token, drafts, verify, alone, both = (1e3 * row[name] for name in (
+                "token_s", "drafts_s", "verify_s", "read_plain_s", "read_s"))
+            print(f"| {row['draft']}, {row['way']}{', sampled' * bool(row['temperature'])} | "
+                  f"{token:.2f} | {drafts / row['gamma']:.3f} | {verify:.2f} | "
+                  f"{drafts + verify:.2f} | {alone:.1f}, {both:.1f} |")
+
+
+# ---------------------------------------------------------------------------------- command line
+
+def gamma_flag(text: str) -> int | str:
+    if text != "auto" and (not text.isdecimal() or int(text) < 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of drafts nor auto")
+    return text if text == "auto" else int(text)
+
+
+def sampling_flag(text: str) -> dict:
+    try:
+        temperature, top_k, top_p = text.split(",") if text != "greedy" else (0, 0, 1)
+        return {"temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither greedy nor TEMPERATURE,TOP_K,TOP_P "
+                                         "(AMD's is 0.1,10,0.95)") from None
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", default="out/demo-target", help="preset or checkpoint folder")
-    parser.add_argument("--draft", default="out/demo-draft", help="preset or checkpoint folder")
-    parser.add_argument("--data", default="out/data-demo", help="held-out prompts for checkpoints")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--gamma", type=int, default=5)
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--graphs", action="store_true", help="compiled, as CUDA graphs")
-    parser.add_argument("--peers", action="store_true", help="transformers beside it")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--target", default="out/demo-target", help="preset or checkpoint folder")
+    add("--embed-in", default="", choices=list(PRESETS), metavar="PRESET",
+        help="give the target's checkpoint this shape, and its cost, without changing its logits")
+    add("--draft", action="append", help="preset or checkpoint folder; can be repeated: further "
+                                         "drafts are run with the first --gamma alone")
+    add("--data", default="out/data-demo", help="held-out prompts for checkpoints")
+    add("--prompts", type=int, default=8)
+    add("--prompt-tokens", type=int, default=64, help="length of a prompt, at most")
+    add("--eager-prompts", type=int, help="prompts for what is slow: ways without --graphs, and "
+                                          "--peers (default: all)")
+    add("--max-new-tokens", type=int, default=96)
+    add("--gamma", type=gamma_flag, nargs="+", default=[5], help="numbers, or auto")
+    add("--sampling", type=sampling_flag, nargs="+", default=[sampling_flag("greedy")],
+        help="greedy, or TEMPERATURE,TOP_K,TOP_P")
+    add("--device")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add("--graphs", action="store_true", help="compiled, as CUDA graphs")
+    add("--peers", action="store_true", help="transformers beside it, on the first draft")
+    add("--json", metavar="FILE", help="write all figures there")
     args = parser.parse_args(argv)
+    args.draft = args.draft or ["out/demo-draft"]
     try:
         run(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"decoding.py: error: {error}\n")
 
 
-def run(args: argparse.Namespace) -> None:
-    if min(args.gamma, args.prompts, args.max_new_tokens) < 1:
-        raise ValueError(f"--gamma {args.gamma}, --prompts {args.prompts}, --max-new-tokens "
-                         f"{args.max_new_tokens}: expected at least 1 of each")
-    device, G, new = resolve_device(args.device), args.gamma, args.max_new_tokens
-    target, draft = (load(name, device, getattr(torch, args.dtype))
-                     for name in (args.target, args.draft))
+def open_prompts(args: argparse.Namespace) -> list[list[int]]:
     if args.target in PRESETS:
         generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(256, (args.prompts, 64), generator=generator).tolist()
-    else:
-        prompts = held_out_prompts(Path(args.data), load_tokenizer(args.target), args.prompts, 64)
+        return torch.randint(256, (args.prompts, args.prompt_tokens), generator=generator).tolist()
+    return held_out_prompts(Path(args.data), load_tokenizer(args.target), args.prompts,
+                            args.prompt_tokens)
+
+
+def run(args: argparse.Namespace) -> None:
+    args.eager_prompts = args.eager_prompts or args.prompts
+    for name in ("prompts", "prompt_tokens", "max_new_tokens", "eager_prompts"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: expected at "
+                             "least 1")
+    path = args.json and check_writable(args.json)
+    device, new, dtype = resolve_device(args.device), args.max_new_tokens, getattr(torch, args.dtype)
+    prompts = open_prompts(args)
+    target = load(args.target, device, dtype, args.embed_in)
+    drafts = {name: load(name, device, dtype) for name in args.draft}
     length, context = max(map(len, prompts)) + new, target.config.max_position_embeddings
     if length > context:
         raise ValueError(f"prompts of up to {length - new} tokens and --max-new-tokens {new} do "
                          f"not fit into the target's context of {context}: ask for fewer")
-    others = [peer(model, target.config.vocab_size) for model in (target, draft) if args.peers]
-    prepare_for_decoding(target)
-    prepare_for_decoding(draft)
-
-    decoders = {"plain": Decoder(target, length=length, graphs=args.graphs),
-                "speculative": Decoder(target, draft, G, length=length, graphs=args.graphs)}
-    stats = {name: Stats() for name in decoders}
-    seconds = {"generate": 0.0, "assisted generation": 0.0} if args.peers else {}
-    texts: dict[str, list] = {name: [] for name in (*decoders, *seconds)}
-    for i in range(-1, len(prompts)):                   # -1: warm up, and forget
-        for name, decoder in decoders.items():
-            kept = stats[name] if i >= 0 else Stats()
-            texts[name].append([t for done in decoder.generate([prompts[i]], new, stats=kept)
-                                for t in done.tokens[0]])
-        for name in seconds:
-            helper = others[1] if name == "assisted generation" else None
-            text, spent = peer_run(others[0], helper, prompts[i], new, G)
-            texts[name].append(text)
-            seconds[name] += spent if i >= 0 else 0
-    plain, fast = stats["plain"], stats["speculative"]
-    rates = {name: s.tokens_per_s for name, s in stats.items()} | {
-        name: len(prompts) * new / spent for name, spent in seconds.items()}
-
+    peers = [peer(model, target.config.vocab_size)
+             for model in (target, drafts[args.draft[0]]) if args.peers]
+    for model in (target, *drafts.values()):
+        prepare_for_decoding(model)
+    rows, texts = [], {}
+    for sampling in args.sampling:
+        ways = all_ways(args, sampling, target, drafts, peers, length)
+        take_turns(ways, prompts, new)
+        rows += [figures_of(way, sampling, ways[0], prompts[0], new) for way in ways]
+        for way, row in zip(ways, rows[-len(ways):]):
+            row["tokens"] = way.texts
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"CPU, {torch.get_num_threads()} threads")
-    print(f"{args.target} with {args.draft}, gamma {G}, {args.dtype}, {where}, torch "
-          f"{torch.__version__}, {'graphs' if decoders['speculative'].graphs else 'eager'}; "
-          f"{len(prompts)} prompts x {new} tokens\n\n| | tokens/s | beside plain | texts as plain |"
-          "\n|---|---:|---:|---:|")
-    for name, rate in rates.items():
-        same = sum(map(list.__eq__, texts[name][1:], texts["plain"][1:]))
-        print(f"| {name} | {rate:.1f} | {rate / rates['plain']:.2f} | {same} of {len(prompts)} |")
-    one, step, check = step_costs(decoders["plain"], decoders["speculative"], prompts[0], G)
-    predicted = predicted_speedup(fast.alpha_overlap, G, step / one, check / one)
-    print(f"\ntarget, one token {1e3 * one:.2f} ms; draft, one token {1e3 * step:.3f} ms (c = "
-          f"{step / one:.3f}); verifying {G + 1} tokens {1e3 * check:.2f} ms (t({G + 1})/t(1) = "
-          f"{check / one:.2f}); a round {1e3 * (G * step + check):.2f} ms\naccepted/drafted "
-          f"{fast.accepted_per_drafted:.3f}, alpha {fast.alpha_overlap:.3f}, tokens a round "
-          f"{fast.tokens_per_round:.2f}; speed-up {rates['speculative'] / rates['plain']:.2f}, "
-          f"predicted {predicted:.2f}")
+    facts = {"target": args.target, "embed_in": args.embed_in, "dtype": args.dtype,
+             "device": where, "torch": torch.__version__, "prompts": prompts, "new_tokens": new}
+    print(f"{args.target}{f' in the shape of {args.embed_in}' * bool(args.embed_in)}, {args.dtype}"
+          f", {where}, torch {torch.__version__}, {'graphs' if ways[0].decoder.graphs else 'eager'}"
+          f"; {len(prompts)} prompts x {new} tokens\n")
+    print_tables(rows)
+    if path:
+        write_whole(path, [json.dumps(facts | {"rows": rows}).encode() + b"\n"])
 
 
 if __name__ == "__main__":
