@@ -40,6 +40,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import sysconfig
 import threading
@@ -1029,6 +1030,39 @@ def checkpoint_folder(path: str | Path) -> Path:
     if not steps or (path / "config.json").exists():
         return path
     return max(steps, key=lambda step: int(step.name[5:]))
+
+
+@contextmanager
+def claim(folder: str | Path) -> Iterator[None]:
+    """Within it this process alone writes in a folder: a file beside it, FOLDER.lock, names the
+    owner. ValueError if that is another one; one that died on this machine owns nothing more."""
+    lock, here = Path(f"{folder}.lock"), [socket.gethostname(), str(os.getpid())]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(2):
+        try:
+            with open(lock, "x") as file:       # made here, or FileExistsError: on any file system
+                file.write(" ".join(here))
+            break
+        except FileExistsError:
+            host, pid = (lock.read_text().split() + ["?", "?"])[:2]
+            if attempt or host != here[0] or pid.isdecimal() and pid != here[1] and alive(int(pid)):
+                raise ValueError(f"{folder} is in use by process {pid} on {host}: wait for it, or "
+                                 f"choose another name; if it is gone, remove {lock}") from None
+            lock.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:             # another user's
+        pass
+    return True
 
 
 # --------------------------------------------------------------------------------- command line
