@@ -96,15 +96,15 @@ class RMSNorm(nn.Module):
         return (wide * self.weight).to(x.dtype)
 
 
-class Linear(nn.Module):
-    """y = x W^T with W stored (out, in), as in every Llama: no biases."""
+class Linear(nn.Linear):
+    """y = x W^T with W stored (out, in), as in every Llama: no bias. W is left empty, for
+    init_weights or a checkpoint to fill."""
 
     def __init__(self, size_in: int, size_out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size_out, size_in))
+        super().__init__(size_in, size_out, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def reset_parameters(self) -> None:
+        pass
 
 
 def rope(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -180,13 +180,13 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.D)                           # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.D)                           # (B, T, K, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
         if past is not None:
             past.keys[past.where], past.values[past.where] = k, v           # remember the new ones
-            k, v, mask = past.keys, past.values, past.mask                  # (B, S, K, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # heads before length
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+            k, v = past.keys, past.values                                   # (B, S, K, D)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # (B, heads, T or S, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, past and past.mask, is_causal=past is None,
+            enable_gqa=q.shape[1] != k.shape[1])                            # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))              # (B, T, C)
 
 
@@ -258,8 +258,8 @@ class Cache:
     def lookup(self, T: int) -> tuple[Tensor, Tensor, list[Past]]:
         """What the T next tokens of each row need: cosines and sines, each (B, T, 1, D), and a Past
         for each layer."""
-        steps = torch.arange(T, device=self.position.device)
-        places = (self.position[:, None] + steps).clamp(min=0)              # (B, T)
+        places = self.position[:, None] + torch.arange(T, device=self.position.device)
+        places = places.clamp(min=0)                                        # (B, T)
         rows = torch.arange(len(places), device=places.device)[:, None]     # (B, 1)
         seen = (self.places <= places[..., None])[:, None]                  # (B, 1, T, S)
         mask = self.cos.new_zeros(()).where(seen, float("-inf"))            # (B, 1, T, S)
@@ -408,16 +408,14 @@ def save_checkpoint(model: Transformer, folder: str | Path) -> None:
 # What a Llama's config may say besides our fields: the values that this model computes.
 SUPPORTED = {"model_type": ["llama"], "hidden_act": ["silu", "swish"], "attention_bias": [False],
              "mlp_bias": [False], "partial_rotary_factor": [1.0], "sliding_window": [],
-             "quantization_config": [], "rope_type": ["default"]}
+             "quantization_config": [], "rope_type": ["default", "linear"],
+             "type": ["default", "linear"], "factor": [1.0]}    # of linear scaling: it changes nothing
 
 
 def read_config(raw: dict) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json; what this model cannot compute is refused."""
     for place in ("rope_scaling", "rope_parameters"):           # transformers 4's and 5's
         raw |= raw.get(place) or {}
-    raw.setdefault("rope_type", raw.get("type"))
-    if raw["rope_type"] == "linear" and raw["factor"] == 1:
-        raw["rope_type"] = "default"                            # positions divided by 1
     C, H, eos = raw["hidden_size"], raw["num_attention_heads"], raw.get("eos_token_id", 2)
     for name, values in (SUPPORTED | {"head_dim": [C // H]}).items():
         if raw.get(name) not in [None, *values]:
@@ -431,22 +429,21 @@ def read_config(raw: dict) -> ModelConfig:
 
 # ------------------------------------------------------------------------- a checkpoint's tensors
 
+# A folder's weights lie in one file or in shards; safetensors come first.
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors",
+           "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) from a folder's weights, one file or its shards, each read once."""
-    for file, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
-        paths, index = [folder / file], folder / f"{file}.index.json"
-        if not os.path.lexists(folder / file):
-            if not index.exists():
-                continue
-            with reading(index):        # {tensor's name: file's name, in this folder}
-                names = json.loads(index.read_bytes())["weight_map"].values()
-                paths = sorted({folder / Path(name).name for name in names})
+    """Yield (name, tensor) from a folder's weights, each file read once."""
+    for pattern in WEIGHTS:
+        paths = sorted(path for path in folder.iterdir() if path.match(pattern))
         for path in paths:
             with reading(path):
-                yield from read(path)
-        return
-    raise ValueError(f"{folder} has no model.safetensors and no pytorch_model.bin (nor the index "
-                     "of its shards): expected a checkpoint folder")
+                yield from read_pickle(path) if path.suffix == ".bin" else read_safetensors(path)
+        if paths:
+            return
+    raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}: expected a checkpoint folder")
 
 
 def read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -454,7 +451,7 @@ def read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
     tensors = torch.load(path, map_location="cpu", weights_only=True,
                          mmap=zipfile.is_zipfile(path))         # PyTorch before 1.6 wrote no zip
     for name, tensor in tensors.items():
-        yield str(name), tensor.detach()
+        yield name, tensor.detach()
 
 
 # safetensors: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, raw
