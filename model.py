@@ -175,7 +175,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(C, C)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None = None) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.D)                           # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.D)                           # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.D)                           # (B, T, K, D)
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, past and past.mask, is_causal=past is None,
             enable_gqa=q.shape[1] != k.shape[1])                            # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))              # (B, T, C)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                    # (B, T, C)
 
 
 class SwiGLU(nn.Module):

@@ -1,15 +1,44 @@
-"""Speculative decoding: a small draft model proposes, the large target verifies, nothing is lost.
+"""Speculative decoding: a small draft model guesses, the large target checks, and nothing is lost.
 
-Decoding one token reads every weight of the target once; verifying G + 1 tokens in one pass reads
-them once as well. So a draft guesses G tokens cheaply, the target scores them all at once, and
-a rule accepts or replaces them so that the output has exactly the target's distribution.
+A language model writes one token at a time, and for each of them it reads all of its weights from
+memory. Running over six tokens in one pass takes hardly longer than over one, because the weights
+are read once either way. So a small model, the draft, guesses a few tokens; the large one, the
+target, reads all of them in one pass; and a rule accepts or replaces them in such a way that the
+text has exactly the distribution that the target alone would have given it. Only the clock can
+tell the difference.
 
-A round, for rows that hold L tokens each:
-    propose   the draft continues the last two tokens by d_1 .. d_G, each drawn from its own q_i
-    decide    the target reads the last token and the G drafts, which gives p_1 .. p_{G+1};
-              verify() accepts n drafts and draws one token more
-    advance   the row now holds L + n + 1 tokens, the target's cache all of them but the last, the
-              draft's all but two: rolling back is setting a position (model.Cache)
+One round. The text so far is t1 .. t5, and the draft guesses G = 4 tokens, d1 .. d4. Each model
+has a cache of the tokens it has read. Between rounds the target has yet to read the last token of
+the text, and the draft the last two:
+
+                       text                  the target has read    the draft has read
+    before             t1 t2 t3 t4 t5        t1 t2 t3 t4            t1 t2 t3
+    propose            the draft reads t4 t5, then d1, d2, d3:      t1 .. t5 d1 d2 d3
+    decide             the target reads t5 d1 d2 d3 d4:
+                                             t1 .. t5 d1 d2 d3 d4
+    after, n = 0       t1 .. t5 x            t1 .. t5               t1 .. t4
+    or     n = 2       t1 .. t5 d1 d2 x      t1 .. t5 d1 d2         t1 .. t5 d1
+    or     n = G = 4   t1 .. t5 d1 .. d4 x   t1 .. t5 d1 .. d4      t1 .. t5 d1 d2 d3
+
+n guesses are accepted, and x is a token that the target draws itself: a round gives 1 to G + 1
+tokens. What a cache holds of rejected guesses is forgotten by setting its position (model.Cache).
+The draft never reads d4. If all four are accepted it has to catch up on it, and that is why it
+begins every round with two tokens instead of one.
+
+The rule, at one place of the text and with a vocabulary of three tokens:
+
+    token                                          a      b      c     sum
+    the target's probabilities, p                0.60   0.30   0.10   1.00
+    the draft's, q: it guesses one token by them 0.30   0.20   0.50   1.00
+    the guess is accepted with min(1, p/q)       1.00   1.00   0.20
+    guessed and accepted: min(p, q)              0.30   0.20   0.10   0.60 = alpha
+    residual, what p still lacks: max(0, p - q)  0.30   0.10   0.00   0.40 = 1 - alpha
+    after a rejection, x is drawn from it / sum  0.75   0.25   0.00   1.00
+    rejected and replaced: 0.40 times that       0.30   0.10   0.00   0.40
+    guessed and accepted, or replaced            0.60   0.30   0.10   1.00 = p
+
+It comes out for any p and q, since min(p, q) + max(0, p - q) = p. A draft that guesses badly costs
+time, never quality. (If all G guesses are accepted, x is drawn from the target's p behind them.)
 
 Symbols are those of Leviathan et al. 2023, "Fast Inference from Transformers via Speculative
 Decoding": p the target's distribution, q the draft's, G the draft length (gamma), alpha the
@@ -19,6 +48,7 @@ Try it:  python speculative.py        (after `python train.py`; decodes plainly 
 """
 import argparse
 import codecs
+import functools
 import json
 import re
 import statistics
@@ -27,24 +57,33 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from data import Corpus, Tokenizer, load_tokenizer
-from model import (Cache, Transformer, prepare_for_decoding, resolve_device, writable,
-                   write_atomically)
+from data import Corpus, Tokenizer, check_writable, load_tokenizer, write_whole
+from model import Cache, Linear, RMSNorm, Transformer, load_checkpoint, resolve_device
 
 
 # ---------------------------------------------------------------------- distributions and the rule
 
+class Sampling(NamedTuple):
+    """How a distribution is made of logits; the defaults are greedy decoding."""
+    temperature: float = 0.0
+    top_k: int = 0                  # 0: off
+    top_p: float = 1.0              # 1: off
+
+
 def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The distribution that is sampled: logits (..., V) -> probabilities, at least float32.
+    """The distribution that tokens are drawn from: logits (..., V) -> probabilities, float32 or
+    wider.
 
     Temperature 0 puts all mass on the best token (the first of equals), so that greedy decoding
-    needs no code of its own below. top_k 0 and top_p 1 are off; the order is transformers'.
-    Every distribution of draft and target is made here: the rule needs the q that was sampled.
+    needs no code of its own below. The order of the three is that of transformers. The draft's
+    distributions are made here as well: the rule needs the very q that a guess was drawn from.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
@@ -58,7 +97,8 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     p = logits.softmax(-1)
     if top_p < 1:
         best, order = p.sort(dim=-1, descending=True, stable=True)
-        best = best.masked_fill(best.cumsum(-1) - best >= top_p, 0.0)   # mass before it suffices
+        mass_before = best.cumsum(-1) - best
+        best = best.masked_fill(mass_before >= top_p, 0.0)
         p = torch.zeros_like(p).scatter_(-1, order, best)
         p = p / p.sum(-1, keepdim=True)
     return p
@@ -74,73 +114,178 @@ def sample(p: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """max(0, p - q), which replaces a rejected guess (section 2.3): (B, V), to be sampled from.
+
+    Where p and q agree up to rounding nothing may be left of it: then p is the limit.
+    """
+    excess = (p - q).clamp(min=0)
+    return torch.where(excess.sum(-1, keepdim=True) > 0, excess, p)
+
+
 def verify(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Leviathan et al. 2023, Algorithm 1, for every row at once and without a branch.
 
     p (B, G+1, V), q (B, G, V or fewer), drafted (B, G), u (B, G+1): G to accept with, one to draw
-    with. Returns tokens (B, G+1) and n (B,): row b emits tokens[b, :n[b] + 1], its n accepted
-    drafts and one more; what follows is meaningless.
+    with. Returns tokens (B, G+1) and n (B,): row b gets tokens[b, :n[b] + 1], its n accepted
+    guesses and one token more; what follows is meaningless.
     """
     B, G = drafted.shape
     # q gets a zero for each token that only the target knows, and a zero row: after full
-    # acceptance the residual p - q is then p itself, and the bonus token is no special case.
+    # acceptance the residual p - q is then p itself, and the last token is no special case.
     q = F.pad(q, (0, p.shape[-1] - q.shape[-1], 0, 1))                  # (B, G+1, V)
-    at_draft = drafted[..., None]
-    p_d = p[:, :G].gather(-1, at_draft)[..., 0]                         # (B, G)
-    q_d = q[:, :G].gather(-1, at_draft)[..., 0]
-    accepted = u[:, :G] * q_d < p_d                                     # u < p/q, not divided
+    guess = drafted[..., None]
+    p_guess = p[:, :G].gather(-1, guess)[..., 0]                        # (B, G)
+    q_guess = q[:, :G].gather(-1, guess)[..., 0]
+    accepted = u[:, :G] * q_guess < p_guess                             # u < p/q, not divided
     n = accepted.cumprod(-1).sum(-1)                                    # (B,) before a rejection
     rows = torch.arange(B, device=p.device)
-    p_n = p[rows, n]                                                    # (B, V)
-    residual = (p_n - q[rows, n]).clamp(min=0)
-    # Where p and q agree up to rounding nothing may be left: then p is the limit.
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_n)
-    bonus = sample(residual, u[:, G])
-    return F.pad(drafted, (0, 1)).scatter(1, n[:, None], bonus[:, None]), n
+    x = sample(residual(p[rows, n], q[rows, n]), u[:, G])               # (B,)
+    return F.pad(drafted, (0, 1)).scatter(1, n[:, None], x[:, None]), n
+
+
+FIRST_GAMMA, MAX_GAMMA = 5, 64      # of gamma "auto": transformers has no maximum, caches need one
+
+
+def next_gamma(gamma: int, accepted: int) -> int:
+    """gamma "auto": the next draft length is G + 2 if all G guesses were accepted, else G - 1.
+
+    This is the schedule of transformers 4.37, which AMD's table was measured with: it starts at 5
+    with every prompt. A length is chosen before its tokens are drawn and all of them are judged, so
+    the text keeps the target's distribution.
+    """
+    return min(gamma + 2, MAX_GAMMA) if accepted == gamma else max(gamma - 1, 1)
+
+
+# --------------------------------------------------------------------------------------- one round
+
+class Drafts(NamedTuple):
+    tokens: Tensor                  # (B, G), the guesses d_1 .. d_G
+    q: Tensor                       # (B, G, V or fewer), the distributions they were drawn from
+
+
+class Verdict(NamedTuple):
+    drafted: Tensor                 # (B, G), the guesses
+    tokens: Tensor                  # (B, G+1), of which each row gets the first n + 1
+    n: Tensor                       # (B,), how many guesses were accepted
+    overlap: Tensor                 # (B, G), sum_x min(p(x), q(x)): how likely acceptance was
+
+
+def plain_step(target: Transformer, cache: Cache, last_two: Tensor, u: Tensor,
+               sampling: Sampling) -> Verdict:
+    """Plain decoding: the target reads the last token and draws one more. u (B, 1)."""
+    logits = target(last_two[:, 1:], cache)                             # (B, 1, V)
+    token = sample(warp(logits[:, 0], *sampling), u[:, 0])[:, None]     # (B, 1)
+    nothing = token[:, :0]
+    return Verdict(nothing, token, torch.zeros_like(token[:, 0]), nothing)
+
+
+def propose(draft: Transformer, cache: Cache, last_two: Tensor, u: Tensor, sampling: Sampling,
+            vocab_size: int) -> Drafts:
+    """The draft continues the last two tokens by G guesses, one for each column of u (B, G).
+
+    vocab_size is the target's. Either model may know tokens that the other lacks: the draft's
+    surplus is cut off, and what it has no embedding for it reads as the last one that it has.
+    """
+    tokens, drafted, distributions = last_two, [], []
+    for u_i in u.unbind(1):
+        tokens = tokens.clamp(max=draft.config.vocab_size - 1)
+        hidden = draft.hidden(tokens, cache)[:, -1]                     # (B, C)
+        cache.advance(tokens.shape[1])
+        q_i = warp(draft.lm_head(hidden)[:, :vocab_size], *sampling)    # (B, V)
+        d_i = sample(q_i, u_i)                                          # (B,)
+        distributions.append(q_i)
+        drafted.append(d_i)
+        tokens = d_i[:, None]
+    return Drafts(torch.stack(drafted, 1), torch.stack(distributions, 1))
+
+
+def decide(target: Transformer, cache: Cache, last_two: Tensor, drafts: Drafts, u: Tensor,
+           sampling: Sampling) -> Verdict:
+    """The target reads the last token and all guesses in one pass, and they are judged.
+    u (B, G+1)."""
+    drafted, q = drafts
+    logits = target(torch.cat((last_two[:, 1:], drafted), 1), cache)
+    p = warp(logits, *sampling)                                         # (B, G+1, V)
+    tokens, n = verify(p, q, drafted, u)
+    overlap = torch.minimum(p[:, :-1, :q.shape[-1]], q).sum(-1)
+    return Verdict(drafted, tokens, n, overlap)
+
+
+def advance(verdict: Verdict, last_two: Tensor, active: Tensor, target_cache: Cache,
+            draft_cache: Cache | None = None) -> None:
+    """Each row gains its n + 1 tokens, or none if it has ended (active is 0): the last step of the
+    picture above. The caches still hold the rest, but beyond their positions."""
+    gained = (verdict.n + 1) * active                                   # (B,)
+    target_cache.advance(gained)            # it held all but the last token, and does again
+    if draft_cache:             # propose() has moved it by G + 1
+        draft_cache.rollback(verdict.tokens.shape[1] - gained)
+    places = gained[:, None] + torch.arange(2, device=gained.device)    # (B, 2)
+    last_two.copy_(torch.cat((last_two, verdict.tokens), 1).gather(1, places))
 
 
 # -------------------------------------------------------------------------------------- statistics
 
+class Round(NamedTuple):
+    """What a round gave each row. Where `tokens` is empty the row had ended before."""
+    tokens: list[list[int]]         # the accepted guesses and x, but nothing after a row's end
+    accepted: list[int]             # n, which counts all accepted guesses, also those after the end
+    drafted: list[list[int]]        # all guesses
+    overlap: list[list[float]]      # sum min(p, q) at each guess
+
+
 @dataclass
 class Stats:
-    """Counts of a run, and what the field reports from them."""
+    """Counts and times of a run, and what the field reports from them."""
     rounds: int = 0                 # rounds of single rows
     emitted: int = 0                # tokens handed out (not the prompt's)
     drafted: int = 0
     accepted: int = 0               # counted before EOS or the limit cuts a round short
-    overlap: float = 0.0            # sum over tested drafts of sum_x min(p(x), q(x))
-    seconds: float = 0.0
+    overlap: float = 0.0            # sum over tested guesses of sum_x min(p(x), q(x))
+    seconds: float = 0.0            # of decoding, and within it of reading prompts and of drafting
+    reading: float = 0.0
+    drafting: float = 0.0
     tested_at: list[int] = field(default_factory=list)      # by position in the draft: how often
     accepted_at: list[int] = field(default_factory=list)    # it was reached, and accepted
 
-    def count(self, gamma: int, n: int, overlap: list[float], emitted: int) -> None:
-        self.rounds, self.emitted = self.rounds + 1, self.emitted + emitted
-        self.drafted, self.accepted = self.drafted + gamma, self.accepted + n
-        grow = [0] * (gamma - len(self.tested_at))
-        self.tested_at, self.accepted_at = self.tested_at + grow, self.accepted_at + grow
-        for i in range(min(n + 1, gamma)):
-            self.tested_at[i] += 1
-            self.accepted_at[i] += i < n
-            self.overlap += overlap[i]
+    def count(self, outcome: Round) -> None:
+        for tokens, n, drafted, overlap in zip(*outcome):
+            G = len(drafted)
+            self.rounds += bool(tokens)
+            if not tokens:
+                continue
+            self.emitted += len(tokens)
+            self.drafted += G
+            self.accepted += n
+            self.overlap += sum(overlap[:n + 1])
+            for totals, reached in ((self.tested_at, n + 1), (self.accepted_at, n)):
+                totals += [0] * (G - len(totals))
+                for i in range(min(reached, G)):
+                    totals[i] += 1
 
-    @property
-    def tested(self) -> int:
-        return sum(self.tested_at)
+    def timed(self, name: str, function: Callable, *args):
+        """Call a function and add the seconds that it takes to the field of that name."""
+        began = time.perf_counter()
+        result = function(*args)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        setattr(self, name, getattr(self, name) + time.perf_counter() - began)
+        return result
 
     @property
     def accepted_per_drafted(self) -> float:
-        """AMD's acceptance: drafts after a rejection stay in the denominator."""
+        """AMD's acceptance: guesses after a rejection stay in the denominator."""
         return self.accepted / max(self.drafted, 1)
 
     @property
     def alpha(self) -> float:
         """Leviathan's: accepted over tested, which estimates E[sum min(p, q)] (Corollary 3.6)."""
-        return self.accepted / max(self.tested, 1)
+        return self.accepted / max(sum(self.tested_at), 1)
 
     @property
     def alpha_overlap(self) -> float:
         """The same from sum min(p, q), which does not depend on the dice: less variance."""
-        return self.overlap / max(self.tested, 1)
+        return self.overlap / max(sum(self.tested_at), 1)
 
     @property
     def tokens_per_round(self) -> float:
@@ -152,421 +297,381 @@ class Stats:
 
 
 def expected_tokens(alpha: float, gamma: int) -> float:
-    """Tokens a round if each draft is accepted with probability alpha (Leviathan, eq. 1)."""
+    """Tokens a round if each guess is accepted with probability alpha (Leviathan, eq. 1)."""
     return sum(alpha**i for i in range(gamma + 1))
 
 
-def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: float) -> float:
-    """From the costs of drafting a token and of verifying gamma + 1, in steps of plain decoding
-    (Leviathan, Theorem 3.8, where a verification costs one step). Reading the prompt, which takes
-    both ways as long, is not in it."""
-    return expected_tokens(alpha, gamma) / (gamma * draft_cost + verify_cost)
+def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: float,
+                      tokens: float = 1.0, plain_reading: float = 0.0,
+                      reading: float = 0.0) -> float:
+    """Leviathan, Theorem 3.8, from the costs of drafting a token, of verifying gamma + 1 (one, in
+    the theorem), and of reading the prompt before `tokens` are written: by the target alone, and by
+    both models. All costs are in steps of plain decoding."""
+    rounds = tokens / expected_tokens(alpha, gamma)
+    round_cost = gamma * draft_cost + verify_cost
+    return (plain_reading + tokens) / (reading + rounds * round_cost)
 
 
-# --------------------------------------------------------------------------------- the draft length
+# ---------------------------------------------------------------------------------------- the loop
 
-MAX_AUTO_GAMMA = 12
-
-
-class DraftLength:
-    """gamma "auto": the draft length that what was measured so far predicts as fastest.
-
-    Seconds a round follow a line in G, fitted to the last rounds, the latest most; alpha is a
-    running mean of the overlap sum min(p, q). A length is chosen from earlier rounds alone and all
-    its drafts are verified, so the choice cannot depend on the tokens it concerns: the output
-    keeps the target's distribution.
-    """
-
-    def __init__(self):
-        self.alpha, self.rounds = 0.7, 0
-        self.sums = [0.0] * 5                       # of 1, G, G^2, seconds, G * seconds
-
-    def choose(self) -> int:
-        self.rounds += 1
-        if self.rounds <= 4:                        # it takes two lengths to fit a line
-            return 6 if self.rounds % 2 else 2
-        n, g, gg, s, gs = self.sums
-        slope = max((n * gs - g * s) / (n * gg - g * g), 1e-9)
-        base = max(s / n - slope * g / n, slope)    # no round is cheaper than its drafts alone
-        best = max(range(1, MAX_AUTO_GAMMA + 1),
-                   key=lambda G: expected_tokens(self.alpha, G) / (base + slope * G))
-        if self.rounds % 8:
-            return best
-        # One round in eight tries another length, lest the line comes to rest on one alone.
-        longer = best < 3 or self.rounds % 16 == 0 and best + 2 <= MAX_AUTO_GAMMA
-        return best + 2 if longer else best - 2
-
-    def learn(self, gamma: int, seconds: float, overlap: list[float]) -> None:
-        if self.rounds > 1:                         # the first one warms up
-            n, _, _, s, _ = self.sums
-            seconds = min(seconds, 2 * s / n) if n else seconds     # a slow moment says little
-            row = (1.0, gamma, gamma * gamma, seconds, gamma * seconds)
-            self.sums = [0.97 * total + x for total, x in zip(self.sums, row)]  # 33 rounds count
-        for x in overlap:
-            self.alpha += 0.05 * (x - self.alpha)
-
-
-# ------------------------------------------------------------------------------------- the decoder
-
-@dataclass
-class Round:
-    """What a round gave each row. A row that had ended has nothing in any of the three."""
-    tokens: list[list[int]]         # accepted drafts, then one token of the target's own, but
-                                    # nothing after what ended the row (EOS, say)
-    accepted: list[int]             # how many of `tokens` are drafts
-    drafted: list[list[int]]        # all drafts, kept or not
-
-
-def compile_for_decoding(model: Transformer) -> None:
-    """Fuse each block's element-wise work, turn products with one row into reductions that run at
-    memory speed, and let each kernel start while the one before it ends (Hopper's PDL). Block by
-    block: all share one compilation, a whole model would take minutes."""
-    if model.compiled:
-        return                                      # for another decoder of this model
-    if getattr(model.lm_head, "packed", False):
-        raise ValueError("graphs are for a GPU, and this model was prepared for a CPU: leave "
-                         "--graphs out, or choose another --device")
-    torch._dynamo.config.recompile_limit = 64       # a few shapes for each of two models
-    how = {"dynamic": False, "options": {"coordinate_descent_tuning": True,
-                                         "triton.enable_pdl": True}}
-    for module in (*model.model.layers, model.model.norm, model.lm_head):
-        module.compile(**how)
-    model.enter = torch.compile(model.enter, **how)
+def until_end(old: list[int], new: list[int], limit: int, eos_id: int | None,
+              stop: Callable[[list[int]], bool] | None) -> tuple[list[int], bool]:
+    """What a row that has the tokens `old` keeps of `new`, and whether it ends with it: at its
+    limit, with EOS (which is kept), or with the first token after which stop(tokens) is true."""
+    for i, token in enumerate(new, 1):
+        if len(old) + i == limit or token == eos_id or stop and stop(old + new[:i]):
+            return new[:i], True
+    return new, False
 
 
 class Decoder:
-    """Decodes a batch of prompts with a target, alone or helped by a draft.
+    """Decodes a batch of prompts with a target, alone or with the help of a draft.
 
-    Everything that a round touches is allocated here, once. Without a draft the draft length is 0
-    and a round is one plain step. gamma is a number or "auto". `length` is how many tokens a row
-    may hold, at most (and by default) the target's context. With `graphs` a round on a GPU is two
-    launches (see record). Raises ValueError for settings that cannot be.
+    All tensors that a round changes are made here, once. gamma is a number or "auto" (next_gamma);
+    without a draft a round is one plain step. `length` is how many tokens a row may hold: at most,
+    and by default, the target's context. With `graphs` a round on a GPU is two launches (record).
+    Raises ValueError for settings that cannot be.
     """
 
     def __init__(self, target: Transformer, draft: Transformer | None = None,
                  gamma: int | str = 5, temperature: float = 0.0, top_k: int = 0,
                  top_p: float = 1.0, batch: int = 1, length: int | None = None,
                  graphs: bool = False):
-        if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected "
-                             "temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1")
-        context = target.config.max_position_embeddings
-        if draft is not None and gamma != "auto" and not (
-                isinstance(gamma, int) and 1 <= gamma <= context):
-            raise ValueError(f"gamma is {gamma!r}: expected 1 drafted token a round to {context} "
-                             "(the target's context), or auto")
-        self.target, self.draft = target, draft
-        self.auto = DraftLength() if draft is not None and gamma == "auto" else None
-        self.gamma = 0 if draft is None else MAX_AUTO_GAMMA if gamma == "auto" else gamma
-        self.warp = lambda logits: warp(logits, temperature, top_k, top_p)
+        self.target, self.draft, self.gamma = target, draft, gamma if draft else 0
+        self.sampling = Sampling(temperature, top_k, top_p)
+        check_settings(self, graphs)
+        self.models = [model for model in (target, draft) if model]
+        longest = MAX_GAMMA if self.gamma == "auto" else self.gamma
+        context, device = target.config.max_position_embeddings, target.device
         self.length = min(length or context, context)
-        self.models = [target] if draft is None else [target, draft]
-        # gamma + 1 more places than tokens: a last round may draft beyond the end.
-        places = -(-(self.length + self.gamma + 1) // 64) * 64      # few different shapes
-        self.caches = [Cache(model.config, batch, places, model.device, model.dtype)
+        # G + 1 more places than tokens: the last round may draft beyond the end.
+        places = -(-(self.length + longest + 1) // 64) * 64     # few sizes: a size is compiled for
+        self.caches = [Cache(model.config, batch, places, device, model.dtype)
                        for model in self.models]
-        device = target.device
-        self.tail = torch.zeros(batch, 2, dtype=torch.int64, device=device)     # last two tokens
+        self.last_two = torch.zeros(batch, 2, dtype=torch.int64, device=device)
         self.active = torch.ones(batch, dtype=torch.int64, device=device)       # 0: row has ended
-        # (B, 2G+1): G to draw drafts with, G to accept them with, one for the target's own token.
-        self.u = torch.zeros(batch, 2 * self.gamma + 1, dtype=torch.float64, device=device)
-        self.graphs = {} if graphs and device.type == "cuda" else None      # by draft length
-        if graphs:
-            for model in self.models:
-                compile_for_decoding(model)
+        # G to draw guesses with, G to accept them with, one for the target's own token.
+        self.u = torch.zeros(batch, 2 * longest + 1, dtype=torch.float64, device=device)
+        self.graphs = graphs and record(self)
 
     @torch.inference_mode()
-    def start(self, prompts: list[list[int]]) -> None:
-        """Read all of each prompt but its last token (the draft: but its last two)."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-        for row, prompt in zip(padded, prompts):
-            row[:len(prompt)] = torch.tensor(prompt)                            # (B, T)
-        last = lengths[:, None] - torch.tensor([2, 1])
-        self.tail.copy_(padded.gather(1, last.clamp(min=0)))    # a lone token stands twice
+    def read(self, prompts: list[list[int]]) -> None:
+        """Each row's text is now its prompt: the target has yet to read its last token, the draft
+        its last two. A prompt of one token, x, stands as x x there: see model.Cache."""
+        self.last_two.copy_(torch.tensor([(2 * prompt)[-2:] for prompt in prompts]))
         self.active.fill_(1)
-        padded, lengths = padded.to(self.tail.device), lengths.to(self.tail.device)
-        for back, model, cache in zip((1, 2), self.models, self.caches):
+        padded = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        for unread, model, cache in zip((1, 2), self.models, self.caches):
             cache.position.zero_()
-            if padded.shape[1] > 1:
-                # Prompts have any length: compiling for each would take longer than reading it.
-                with model.uncompiled():
-                    model.hidden(padded[:, :-1].clamp(max=model.config.vocab_size - 1), cache)
-            cache.position.copy_(lengths - back)        # the padding behind it is now unseen
+            tokens = padded.clamp(max=model.config.vocab_size - 1).to(self.u.device)
+            model.hidden(tokens, cache)
+            cache.advance((lengths - unread).to(self.u.device))     # the padding stays unseen
 
-    def pick(self, logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """logits (B, V), u (B,) -> the distribution (B, V) and the token (B,) drawn from it."""
-        q = self.warp(logits)
-        return q, sample(q, u)
+    def run_propose(self, G: int) -> Drafts | None:
+        return propose(self.draft, self.caches[1], self.last_two, self.u[:, :G], self.sampling,
+                       self.target.config.vocab_size) if G else None
 
-    def propose(self, G: int) -> tuple[Tensor, Tensor]:
-        """Draft G tokens: drafted (B, G) and the q (B, G, V) that each was drawn from."""
-        # Feeding the last two tokens, not one, fills the gap that full acceptance leaves in the
-        # draft's cache (its last draft was never read): no case distinction, one row more.
-        tokens, drafted, q = self.tail, [], []
-        for i in range(G):
-            # The target may know tokens that the draft has no embedding for, and the reverse.
-            tokens = tokens.clamp(max=self.draft.config.vocab_size - 1)
-            hidden = self.draft.hidden(tokens, self.caches[1])[:, -1]           # (B, C)
-            logits = self.draft.lm_head(hidden)[:, :self.target.config.vocab_size]
-            q_i, token = self.pick(logits, self.u[:, i])
-            q.append(q_i)
-            drafted.append(token)
-            tokens = token[:, None]
-        return torch.stack(drafted, 1), torch.stack(q, 1)
+    def run_decide(self, drafts: Drafts | None) -> Verdict:
+        G = drafts.tokens.shape[1] if drafts else 0
+        step = functools.partial(decide, drafts=drafts) if drafts else plain_step
+        verdict = step(self.target, self.caches[0], self.last_two, u=self.u[:, G:2 * G + 1],
+                       sampling=self.sampling)
+        advance(verdict, self.last_two, self.active, *self.caches)
+        return verdict
 
-    def decide(self, drafted: Tensor, q: Tensor) -> Tensor:
-        """Verify and advance. Returns the one tensor that the host reads, (B, 2G + 2) float64:
-        the G drafts, the target's own token, n, and the overlap sum min(p, q) of each draft."""
-        G = drafted.shape[1]
-        logits = self.target(torch.cat((self.tail[:, 1:], drafted), 1), self.caches[0])
-        p = self.warp(logits)                                                   # (B, G+1, V)
-        tokens, n = verify(p, q, drafted, self.u[:, G:2 * G + 1])
-        overlap = torch.minimum(p[:, :G, :q.shape[-1]], q).sum(-1)              # (B, G)
-        step = (n + 1) * self.active            # tokens that a row gains
-        self.caches[0].position += step - (G + 1)       # the pass has moved every row by G + 1
-        self.caches[1].position.copy_(self.caches[0].position - 1)
-        self.tail.copy_(torch.cat((self.tail, tokens), 1).gather(       # (B, 2 + G+1) -> (B, 2)
-            1, step[:, None] + torch.arange(2, device=step.device)))
-        bonus = tokens.gather(1, n[:, None])
-        return torch.cat((drafted, bonus, n[:, None], overlap.double()), 1)
-
-    def plain_step(self) -> Tensor:
-        """One token of the target alone, in the form of decide(): the token, and n = 0."""
-        logits = self.target(self.tail[:, 1:], self.caches[0])
-        token = self.pick(logits[:, -1], self.u[:, 0])[1][:, None]              # (B, 1)
-        self.caches[0].position += self.active - 1
-        self.tail.copy_(torch.cat((self.tail, token), 1)[:, 1:])
-        return F.pad(token, (0, 1))
-
-    def round(self, G: int) -> Tensor:
-        """One round of G drafts, or with 0 a plain step: what decide() returns."""
-        if self.graphs is None:
-            return self.decide(*self.propose(G)) if G else self.plain_step()
-        graphs, output = self.graphs[G]
-        for graph in graphs:
-            graph.replay()
-        return output
-
-    def record(self, G: int) -> None:
-        """The same round as CUDA graphs: one launch starts all of propose(), one all of decide().
-
-        Launching the hundreds of kernels of a forward pass one by one takes a GPU's host longer
-        than a small model takes to compute. Everything a round reads and writes has its fixed
-        place in this object, so a recording can be replayed as it is.
-        """
-        state = [self.tail, *(cache.position for cache in self.caches)]
-        saved = [tensor.clone() for tensor in state]
-
-        def restore() -> None:
-            for tensor, value in zip(state, saved):
-                tensor.copy_(value)
-
-        def capture(step: Callable, *inputs):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):         # compiles, and lets libraries allocate
-                for _ in range(2):
-                    step(*inputs)
-                    restore()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):           # records without running
-                output = step(*inputs)
-            graph.replay()                          # the next step reads this one's output
-            return graph, output
-
-        try:
-            if G:
-                propose, drafts = capture(self.propose, G)
-                decide, output = capture(self.decide, *drafts)
-                graphs, eager = [propose, decide], lambda: self.decide(*self.propose(G))
-            else:
-                graph, output = capture(self.plain_step)
-                graphs, eager = [graph], self.plain_step
-            replayed = output.clone()
-            restore()
-            if not torch.equal(replayed[:, :G + 2], eager()[:, :G + 2]):
-                raise RuntimeError("a replayed round gave other tokens")
-            self.graphs[G] = graphs, output
-        except RuntimeError as error:
-            print(f"graphs are off: they misbehave here ({error})", file=sys.stderr)
-            self.graphs = None
-        restore()
-
-    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None,
                  seed: int = 0, stats: Stats | None = None,
                  stop: Callable[[list[int]], bool] | None = None) -> Iterator[Round]:
-        """Yield a Round at a time until every row has its tokens, met EOS or filled the context.
+        """Yield a Round at a time until all rows have their tokens, met EOS or filled the context.
 
-        EOS is emitted. A row also ends with the first token after which stop(its new tokens) is
-        true. Row b draws from a random stream of its own, seeded by seed + b: it is what it would
-        have been alone (but not with gamma "auto": there the clock has a say in draft lengths).
-        One run at a time: a new one takes over what the Decoder holds.
+        A row also ends with the first token after which stop(its new tokens) is true. Row b draws
+        from a random stream of its own, seeded by seed + b: it is what it would have been alone
+        (except that with gamma "auto" all rows have one draft length). One run at a time: a new one
+        takes over what the Decoder holds. `stats` counts and times the run, without the time that
+        the caller takes between rounds.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
-        if not 0 <= seed < 2**63 - len(prompts):
-            raise ValueError(f"the seed is {seed}: expected 0 or more, and less than 2^63")
-        room = [self.length - len(prompt) for prompt in prompts]
-        if len(prompts) != len(self.tail) or not all(prompts) or min(room, default=0) < 1:
-            raise ValueError(
-                f"got {len(prompts)} prompts of {[len(p) for p in prompts]} tokens, expected "
-                f"{len(self.tail)} of 1 to {self.length - 1}: the context must hold the prompt and "
-                "a new token, so shorten the prompt, or give one that is not empty")
-        V = self.target.config.vocab_size
-        if not all(0 <= token < V for prompt in prompts for token in prompt):
-            raise ValueError(f"a prompt has tokens outside of 0 to {V - 1}, the target's "
-                             "vocabulary: encode it with the target's tokenizer")
-        stats = stats if stats is not None else Stats()
+        check_request(self, prompts, max_new_tokens)
+        stats = stats or Stats()
+        limits = [min(max_new_tokens, self.length - len(prompt)) for prompt in prompts]
+        rounds = self.rounds(prompts, limits, eos_id, seed, stats, stop)
+        while outcome := stats.timed("seconds", next, rounds, None):
+            stats.count(outcome)
+            yield outcome
+
+    @torch.inference_mode()
+    def rounds(self, prompts, limits, eos_id, seed, stats, stop) -> Iterator[Round]:
         generators = [torch.Generator().manual_seed(seed + b) for b in range(len(prompts))]
-        new = [[] for _ in prompts]
-        left = [min(max_new_tokens, space) for space in room]       # 0: the row has ended
-        began = time.perf_counter()
-        self.start(prompts)
-        if self.auto:
-            synchronize(self.tail.device)       # lest the first round's time holds the prompt's
-        while any(left):
-            G = self.auto.choose() if self.auto else self.gamma
+        new, running = [[] for _ in prompts], set(range(len(prompts)))
+        G = FIRST_GAMMA if self.gamma == "auto" else self.gamma
+        stats.timed("reading", self.read, prompts)
+        while running:
             self.u[:, :2 * G + 1] = torch.stack([
                 torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators])
-            round_began = time.perf_counter()
-            if self.graphs is not None and G not in self.graphs:
-                self.record(G)
-                began += time.perf_counter() - round_began      # start-up is not decoding
-                round_began = time.perf_counter()
-            rows = self.round(G).tolist()       # the one synchronisation of a round
-            round_took = time.perf_counter() - round_began
-            given = Round([[] for _ in prompts], [0] * len(prompts), [[] for _ in prompts])
-            overlaps = []
-            for b, row in enumerate(rows):
-                if not left[b]:
-                    continue
-                drafted, bonus, n = [int(t) for t in row[:G]], int(row[G]), int(row[G + 1])
-                for token in (drafted[:n] + [bonus])[:left[b]]:
-                    given.tokens[b].append(token)
-                    new[b].append(token)
-                    left[b] -= 1
-                    if token == eos_id or (stop and stop(new[b])):
-                        left[b] = 0
-                        break
-                emitted = len(given.tokens[b])
-                given.drafted[b], given.accepted[b] = drafted, min(n, emitted)
-                stats.count(G, n, row[G + 2:], emitted)
-                overlaps += row[G + 2:][:n + 1]
-                if not left[b]:
+            drafts = stats.timed("drafting", self.run_propose, G)
+            verdict = self.run_decide(drafts)
+            outcome = to_host(verdict)
+            if self.gamma == "auto":                    # a batch goes by its median row
+                G = next_gamma(G, statistics.median_low(outcome.accepted[b] for b in running))
+            for b, tokens in enumerate(outcome.tokens):
+                kept, ended = until_end(new[b], tokens, limits[b], eos_id, stop)
+                outcome.tokens[b] = kept if b in running else []
+                new[b] += outcome.tokens[b]
+                if ended and b in running:
+                    running.remove(b)
                     self.active[b] = 0
                     for cache in self.caches:
                         cache.position[b] = 0           # the row idles where there is room
-            if self.auto:
-                self.auto.learn(G, round_took, overlaps)
-            stats.seconds += time.perf_counter() - began
-            yield given
-            began = time.perf_counter()     # what the caller did meanwhile is not decoding
+            yield outcome
 
 
-def generate(target: Transformer, prompts: list[list[int]], max_new_tokens: int,
-             draft: Transformer | None = None, gamma: int | str = 5, temperature: float = 0.0,
-             top_k: int = 0, top_p: float = 1.0, **settings) -> Iterator[Round]:
-    """Decoder(...).generate(...) in one call, its caches just long enough."""
+def to_host(verdict: Verdict) -> Round:
+    """The one transfer of a round, because the host has to wait for it: one tensor of float64,
+    which holds whole numbers exactly up to 2^53."""
+    parts = verdict._replace(n=verdict.n[:, None])
+    table = torch.cat([part.double() for part in parts], 1).cpu()
+    drafted, tokens, n, overlap = table.split([part.shape[1] for part in parts], 1)
+    accepted = n[:, 0].long().tolist()
+    tokens = [row[:k + 1] for row, k in zip(tokens.long().tolist(), accepted)]
+    return Round(tokens, accepted, drafted.long().tolist(), overlap.tolist())
+
+
+def complete(target: Transformer, prompts: list[list[int]], max_new_tokens: int, eos_id=None,
+             seed: int = 0, stats=None, stop=None, **settings) -> list[list[int]]:
+    """The new tokens of each prompt, all in one batch; settings as for Decoder."""
     length = max(map(len, prompts), default=0) + max(max_new_tokens, 1)
-    decoder = Decoder(target, draft, gamma, temperature, top_k, top_p, len(prompts), length)
-    return decoder.generate(prompts, max_new_tokens, **settings)
-
-
-def complete(target: Transformer, prompts: list[list[int]], max_new_tokens: int,
-             **settings) -> list[list[int]]:
-    """The new tokens of each prompt; settings as for generate()."""
+    decoder = Decoder(target, batch=len(prompts), length=length, **settings)
     new = [[] for _ in prompts]
-    for done in generate(target, prompts, max_new_tokens, **settings):
-        for row, tokens in zip(new, done.tokens):
-            row += tokens
+    for outcome in decoder.generate(prompts, max_new_tokens, eos_id, seed, stats, stop):
+        new = [row + tokens for row, tokens in zip(new, outcome.tokens)]
     return new
 
 
-# ----------------------------------------------------------------------------------- the comparison
+# ======================= From here on: what makes it practical. You can stop reading. =============
 
-def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> tuple[float, ...]:
-    """Seconds of a plain step, of drafting a token, and of verifying G + 1: medians of 30."""
-    with torch.inference_mode():
-        plain.start([prompt])
-        fast.start([prompt])
-        if fast.graphs is not None and G not in fast.graphs:    # gamma "auto" never chose it
-            fast.record(G)
-        if plain.graphs and fast.graphs:
-            graphs = plain.graphs[0][0] + fast.graphs[G][0]
-            steps = [graph.replay for graph in graphs]
-        else:
-            drafts = fast.propose(G)
-            steps = [plain.plain_step, lambda: fast.propose(G), lambda: fast.decide(*drafts)]
-        times = [[], [], []]
-        for _ in range(30):             # in turns: a drift of the machine's speed meets all three
-            for took, decoder, step in zip(times, (plain, fast, fast), steps):
-                for cache in decoder.caches:
-                    cache.position.fill_(len(prompt))
-                synchronize(decoder.target.device)
-                began = time.perf_counter()
-                step()
-                synchronize(decoder.target.device)
-                took.append(time.perf_counter() - began)
-    one, propose, decide = map(statistics.median, times)
-    return one, propose / G, decide
+def check_settings(decoder: Decoder, graphs: bool) -> None:
+    (temperature, top_k, top_p), gamma = decoder.sampling, decoder.gamma
+    context = decoder.target.config.max_position_embeddings
+    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected "
+                         "temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1")
+    if decoder.draft and gamma != "auto" and gamma not in range(1, context + 1):
+        raise ValueError(f"gamma is {gamma!r}: expected 1 drafted token a round to {context} (the "
+                         "target's context), or auto")
+    if graphs and gamma == "auto":
+        raise ValueError("gamma is auto, and a graph is recorded for one draft length: give a "
+                         "number as --gamma, or leave --graphs out")
+    if graphs and decoder.target.device.type != "cuda":
+        raise ValueError("graphs are for a GPU, and this model is not on one: leave --graphs out, "
+                         "or choose another --device")
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def check_request(decoder: Decoder, prompts: list[list[int]], max_new_tokens: int) -> None:
+    batch, most, lengths = len(decoder.active), decoder.length - 1, [*map(len, prompts)]
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
+    if not lengths or len(lengths) != batch or not 1 <= min(lengths) <= max(lengths) <= most:
+        raise ValueError(f"got {len(prompts)} prompts of {lengths} tokens, expected {batch} of 1 "
+                         f"to {most}: the context must hold the prompt and a new token, so shorten "
+                         "the prompt, or give one that is not empty")
 
 
-def compare(target: Transformer, draft: Transformer, prompts: list[list[int]], max_new_tokens: int,
-            gamma: int | str, eos_id: int | None = None, seed: int = 0, graphs: bool = False,
-            stop: Callable | None = None, watch: Callable | None = None, **sampling) -> dict:
-    """Decode each prompt plainly and speculatively, in turns so that a drift of the machine's
-    speed meets both; returns the figures. watch(side, prompt's index, Round) sees every round."""
-    length = max(map(len, prompts)) + max_new_tokens
-    decoders = [Decoder(target, None, length=length, graphs=graphs, **sampling),
-                Decoder(target, draft, gamma, length=length, graphs=graphs, **sampling)]
-    for decoder in decoders:                                    # warm up
-        list(decoder.generate(prompts[:1], min(32, max_new_tokens)))
-    stats, texts = [Stats(), Stats()], [[], []]
-    for i, prompt in enumerate(prompts):
-        for side in (0, 1) if i % 2 == 0 else (1, 0):
-            texts[side].append([])
-            for done in decoders[side].generate([prompt], max_new_tokens, eos_id, seed + i,
-                                                stats[side], stop):
-                texts[side][-1] += done.tokens[0]
-                if watch:
-                    watch(side, i, done)
-    plain, fast = stats
-    figures = {
-        "plain_tokens_per_s": plain.tokens_per_s, "speculative_tokens_per_s": fast.tokens_per_s,
-        "speedup": fast.tokens_per_s / plain.tokens_per_s,
-        "accepted_per_drafted": fast.accepted_per_drafted,
-        "alpha": fast.alpha, "alpha_overlap": fast.alpha_overlap,
-        "tested_at": fast.tested_at, "accepted_at": fast.accepted_at,
-        "tokens_per_round": fast.tokens_per_round, "gamma": gamma,
-        "mean_gamma": fast.drafted / fast.rounds, "prompts": len(prompts), "tokens": fast.emitted,
-        "greedy_match": texts[0] == texts[1] if not sampling.get("temperature") else None}
-    G = round(figures["mean_gamma"])
-    one, draft_step, verification = step_costs(*decoders, prompts[0], G)
-    costs = {"draft_cost": draft_step / one, "verify_cost": verification / one}
-    return figures | costs | {
-        "predicted_speedup": predicted_speedup(fast.alpha_overlap, G, *costs.values())}
+# -------------------------------------------------------------------- speed: products of a few rows
+
+@functools.cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs matrices of this type here: in bfloat16 that takes AVX-512, and some
+    builds of PyTorch lack oneDNN. One small product tells."""
+    ones = torch.ones(6, 16, dtype=dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=dtype), 6)
+        y = torch.ops.mkldnn._linear_pointwise(ones, packed, None, "none", [], "")
+        return bool((y == 16).all())
+    except (RuntimeError, AttributeError):
+        return False
 
 
-# ------------------------------------------------------------------------------------ command line
+class FewRowsLinear(nn.Module):
+    """norm(x) W^T for a few rows of x, where W is one matrix or several that read the same x: a
+    product that should take no longer than reading W.
+
+    On a CPU, PyTorch's own product has a fast path for one row and falls off it at two; with W
+    packed by oneDNN (laid out in blocks), six rows take 0.9 to 1.2 times as long as one. On a GPU,
+    compiled, one row or two (a draft's first step) take sums() instead. A machine that can do
+    neither takes the plain product.
+    """
+
+    def __init__(self, *linears: Linear, norm: RMSNorm | None = None):
+        super().__init__()
+        self.norm, self.sizes = norm, [len(linear.weight) for linear in linears]
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.packed = weight.device.type == "cpu" and can_pack(weight.dtype)
+        if self.packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 6)     # laid out for six rows
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and not self.packed and x.shape[:-1].numel() <= 2:
+            return self.sums(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        x = self.norm(x) if self.norm else x
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return F.linear(x, self.weight)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """(N, in) -> (N, out), each output a sum over `in`, as the mean in its norm is one. Sums
+        over the same index compile into one kernel, which reads W at the memory's speed. That each
+        output computes the mean of the squares again costs less than a kernel of its own."""
+        if x.shape[1] > 4096:
+            # Has the compiler store x, a SwiGLU's product say, instead of computing it for every
+            # output. It pays for CodeLlama's 11008 inputs, and does not for AMD-135M's 2048.
+            x = x.as_strided(x.shape, x.stride())
+        wide, scale = x.to(torch.promote_types(x.dtype, torch.float32))[:, None], 1.0  # (N, 1, in)
+        if self.norm:
+            mean = wide.square().expand(-1, *self.weight.shape).mean(-1)    # (N, out)
+            wide, scale = wide * self.norm.weight, torch.rsqrt(mean + self.norm.eps)
+        return ((self.weight * wide).sum(-1) * scale).to(x.dtype)
+
+
+class Part(nn.Module):
+    """One of the outputs of a FewRowsLinear, in the place of the matrix that it comes from."""
+
+    def __init__(self, start: int, end: int):
+        super().__init__()
+        self.start, self.end = start, end
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y[..., self.start:self.end]
+
+
+def join(layer: nn.Module, norm: str, owner: nn.Module, *names: str) -> None:
+    """One product for the norm of that name and the matrices that read it."""
+    linears, start = [getattr(owner, name) for name in names], 0
+    setattr(layer, norm, FewRowsLinear(*linears, norm=getattr(layer, norm)))
+    for name, linear in zip(names, linears):
+        end = start + len(linear.weight)
+        setattr(owner, name, Part(start, end))
+        start = end
+
+
+@torch.no_grad()
+def prepare_for_decoding(model: Transformer) -> Transformer:
+    """Give a model, in place, matrices that are fast for few rows. Its layers compute the same, but
+    with the products in the place of the norms before them: q_proj takes its part out of what
+    input_layernorm returns. It neither trains nor saves any more."""
+    if isinstance(model.lm_head, FewRowsLinear):
+        return model                        # it was prepared before
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        join(layer, "input_layernorm", attention, "q_proj", "k_proj", "v_proj")
+        join(layer, "post_attention_layernorm", mlp, "gate_proj", "up_proj")
+        attention.o_proj = FewRowsLinear(attention.o_proj)
+        mlp.down_proj = FewRowsLinear(mlp.down_proj)
+    model.lm_head = FewRowsLinear(model.lm_head)
+    model.named_parameters = refuse_to_save
+    return model
+
+
+def refuse_to_save(*args, **kwargs):
+    raise ValueError("this model was prepared for decoding and no longer has its matrices apart: "
+                     "save it before, or load it again")
+
+
+# ----------------------------------------------------------------------- speed: compiled, as graphs
+
+class Compiled(Transformer):
+    """A second form of a prepared model, on the same weights: its layers fuse what is element-wise,
+    turn products of one row into sums that run at the memory's speed, and let each kernel start
+    while the one before it ends (Hopper's PDL). Layer by layer, because all layers share one
+    compilation; a whole model would take minutes. The model itself stays as it is, for prompts:
+    they have any length, and compiling for each would take longer than reading it.
+    """
+
+    def __init__(self, model: Transformer):
+        with torch.device("meta"):
+            super().__init__(model.config)
+        torch._dynamo.config.recompile_limit = 64       # a few shapes for each of two models
+        fuse = functools.partial(torch.compile, dynamic=False, options={
+            "coordinate_descent_tuning": True, "triton.enable_pdl": True})
+        self.model = nn.ModuleDict({
+            "embed_tokens": model.model.embed_tokens, "norm": fuse(model.model.norm),
+            "layers": nn.ModuleList(map(fuse, model.model.layers))})
+        self.lm_head = fuse(model.lm_head)
+        self.enter = fuse(self.enter)
+
+    def enter(self, tokens: Tensor, cache: Cache):
+        return self.model.embed_tokens(tokens), *cache.lookup(tokens.shape[1])
+
+    def hidden(self, tokens: Tensor, cache: Cache) -> Tensor:
+        return self.run_layers(*self.enter(tokens, cache))
+
+
+@torch.inference_mode()
+def record(decoder: Decoder) -> bool:
+    """Make CUDA graphs of a decoder's two steps; says whether it went well.
+
+    Launching the hundreds of kernels of a forward pass one by one takes a GPU's host longer than a
+    small model takes to compute. All that a step reads and writes has its fixed place in the
+    decoder, so a recording can be replayed as it is. It must give the tokens of the steps it was
+    made from. If it does not, or if there is no compiler, the decoder stays as it was.
+    """
+    decoder.read([[1, 0, 1]] * len(decoder.active))
+    state = [decoder.last_two, *(cache.position for cache in decoder.caches)]
+    saved = [tensor.clone() for tensor in state]
+
+    def run(step: Callable, *args):
+        """From the same state each time."""
+        for tensor, value in zip(state, saved):
+            tensor.copy_(value)
+        return step(*args)
+
+    def recorded(step: Callable, argument) -> Callable:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):     # compiles, and lets libraries allocate
+            run(step, argument)
+            run(step, argument)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):       # records without running
+            output = step(argument)
+        return lambda _: graph.replay() or output
+
+    G, eager = decoder.gamma, (decoder.run_propose, decoder.run_decide)
+    try:
+        decoder.target, *decoder_draft = map(Compiled, decoder.models)
+        decoder.draft = decoder_draft[0] if G else None
+        propose = recorded(eager[0], G) if G else eager[0]
+        decide = recorded(eager[1], propose(G))
+        # Both start from the same state
+        verdicts = [Verdict(*(part.clone() for part in run(lambda: b(a(G)))))
+                    for a, b in ((propose, decide), eager)]
+        if not all(map(torch.equal, *(verdict[:3] for verdict in verdicts))):
+            raise RuntimeError("a replayed round gave other tokens")
+        decoder.run_propose, decoder.run_decide = propose, decide
+        return True
+    except Exception as error:              # compilers and drivers have errors of their own
+        decoder.target, *decoder_draft = decoder.models
+        decoder.draft = decoder_draft[0] if G else None
+        reason = " ".join(str(error).split())
+        print(f"graphs are off, they do not work here: {reason:.200}", file=sys.stderr)
+        return False
+
+
+# ------------------------------------------------------------------------ models, texts and prompts
 
 def read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): "
                          "convert it") from None
 
 
 def load(folder: str, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
-    model = Transformer.from_pretrained(folder, device, dtype)
+    """(a checkpoint's model, prepared for decoding, and its tokenizer)."""
+    model = load_checkpoint(folder, device, dtype)
     tokenizer = load_tokenizer(folder)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.n_vocab} entries, the model "
@@ -578,17 +683,18 @@ def load(folder: str, device: torch.device, dtype: torch.dtype) -> tuple[Transfo
     return model, tokenizer
 
 
-def load_pair(target: str, draft: str, device: torch.device, dtype: torch.dtype):
+def load_pair(target: str, draft: str, device: torch.device,
+              dtype: torch.dtype) -> tuple[Transformer, Transformer, Tokenizer]:
     """(target, draft, tokenizer); the draft must know the target's first tokens by the same ids."""
-    model, tokenizer = load(target, device, dtype)
-    helper, other = load(draft, device, dtype)
+    target_model, tokenizer = load(target, device, dtype)
+    draft_model, other = load(draft, device, dtype)
     if any(a != b for a, b in zip(tokenizer.pieces, other.pieces)):
         raise ValueError(f"{draft} speaks another vocabulary than {target}: a draft must have the "
                          "target's tokenizer (it may lack some of the last entries)")
-    return model, helper, tokenizer
+    return target_model, draft_model, tokenizer
 
 
-def held_out_prompts(folder: Path, tokenizer: Tokenizer, count: int,
+def held_out_prompts(folder: str | Path, tokenizer: Tokenizer, count: int,
                      length: int) -> list[list[int]]:
     """Prompts of at most `length` tokens that end with the head of a function, each from another
     held-out file of a data set's source "code": the function's body is left to be written."""
@@ -599,62 +705,82 @@ def held_out_prompts(folder: Path, tokenizer: Tokenizer, count: int,
     tokens = corpus.tokens("code")[:2**20]
     ends = (tokens == tokenizer.eos_id).nonzero()[0]            # documents are closed by EOS
     for start, end in zip([0, *(ends + 1)], ends):
-        document = tokens[start:end].tolist()
-        text = tokenizer.decode_bytes(document)
-        heads = [m.end() for m in re.finditer(rb"^ *def \w+\(.*\):\n", text, re.M)]
+        text = tokenizer.decode(tokens[start:end].tolist())
+        heads = [match.end() for match in re.finditer(r"^ *def \w+\(.*\):\n", text, re.M)]
         if heads:
-            # Cut where a token ends: ":" and the indentation of the next line may be one.
-            reached = tokenizer.byte_lengths[document].cumsum() >= heads[len(heads) // 2]
-            prompts.append(document[:int(reached.argmax()) + 1][-length:])
+            prompts.append(tokenizer.encode(text[:heads[len(heads) // 2]])[-length:])
     if len(prompts) < count:
         raise ValueError(f"{folder} has {len(prompts)} held-out files with functions, expected "
                          f"{count}: prepare more code, or give --prompt")
     return prompts[::len(prompts) // count][:count]
 
 
-class Display:
-    """Prints the first row of rounds as text while they come, accepted drafts green on a terminal.
+# ------------------------------------------------------------------------------------ command line
+
+def show(rounds: Iterator[Round], tokenizer: Tokenizer, verbose: bool) -> Iterator[Round]:
+    """The same rounds; the first row is printed as it comes, accepted guesses green on a terminal.
     """
-
-    def __init__(self, tokenizer: Tokenizer, verbose: bool = False):
-        self.tokenizer, self.verbose, self.colour = tokenizer, verbose, sys.stdout.isatty()
-        # A token may end in the middle of a UTF-8 sequence: its bytes wait for the rest.
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def begin(self, title: str) -> None:
-        """Print a title, and before it what the text so far kept back."""
-        print(self.decode(b"", final=True) + title, flush=True)
-
-    def write(self, tokens: list[int], green: bool = False) -> None:
-        text = self.decode(self.tokenizer.decode_bytes(tokens))
-        print(f"\033[32m{text}\033[0m" if green and self.colour and text else text, end="",
-              flush=True)
-
-    def show(self, given: Round) -> None:
-        n, tokens, drafted = given.accepted[0], given.tokens[0], given.drafted[0]
-        if self.verbose:
-            accepted, rejected, own = (
-                [self.tokenizer.decode_bytes([token]).decode(errors="replace") for token in part]
-                for part in (tokens[:n], drafted[n:] if len(tokens) > n else [], tokens[n:]))
+    # A token may end in the middle of a UTF-8 sequence: its bytes wait for the rest.
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    green, black = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    for outcome in rounds:
+        tokens, n, drafted, _ = (rows[0] for rows in outcome)
+        parts = [tokens[:n], drafted[n:] if len(tokens) > n else [], tokens[n:]]
+        if verbose:
+            accepted, rejected, own = (list(map(tokenizer.decode, zip(part))) for part in parts)
             print(f"accepted {accepted} rejected {rejected} then {own}")
         else:
-            self.write(tokens[:n], green=True)
-            self.write(tokens[n:])
+            accepted, _, own = (decode(tokenizer.decode_bytes(part)) for part in parts)
+            print(f"{green}{accepted}{black}{own}", end="", flush=True)
+        yield outcome
+    print(decode(b"", final=True))
 
 
-def print_table(title: str, figures: dict) -> None:
-    f = figures
+def compare(decoders: list[Decoder], prompts: list[list[int]], new: int, seed: int = 0,
+            view: Callable | None = None, **request) -> tuple[list[Stats], list[list[list[int]]]]:
+    """Decode each prompt with each decoder, in turns so that a drift of the machine's speed meets
+    all; returns their statistics and texts. view(side, rounds) may show the first prompt's."""
+    stats, texts = [Stats() for _ in decoders], [[] for _ in decoders]
+    for decoder in decoders:
+        list(decoder.generate(prompts[:1], min(new, 32)))       # warm up
+    for i, prompt in enumerate(prompts):
+        for side in sorted(range(len(decoders)), reverse=i % 2 == 1):
+            rounds = decoders[side].generate([prompt], new, seed=seed + i, stats=stats[side],
+                                             **request)
+            if view and i == 0:
+                rounds = view(side, rounds)
+            texts[side].append([token for outcome in rounds for token in outcome.tokens[0]])
+    return stats, texts
+
+
+def figures(plain: Stats, fast: Stats) -> dict:
+    step = (plain.seconds - plain.reading) / plain.rounds       # seconds of a plain step
+    gamma = fast.drafted / fast.rounds
+    draft_cost = fast.drafting / fast.drafted / step
+    verify_cost = (fast.seconds - fast.reading - fast.drafting) / fast.rounds / step
+    predicted = predicted_speedup(fast.alpha_overlap, round(gamma), draft_cost, verify_cost,
+                                  plain.emitted, plain.reading / step, fast.reading / step)
+    return {
+        "plain_tokens_per_s": plain.tokens_per_s, "speculative_tokens_per_s": fast.tokens_per_s,
+        "speedup": fast.tokens_per_s / plain.tokens_per_s, "predicted_speedup": predicted,
+        "draft_cost": draft_cost, "verify_cost": verify_cost, "alpha": fast.alpha,
+        "alpha_overlap": fast.alpha_overlap, "accepted_per_drafted": fast.accepted_per_drafted,
+        "tested_at": fast.tested_at, "accepted_at": fast.accepted_at, "mean_gamma": gamma,
+        "tokens_per_round": fast.tokens_per_round, "tokens": fast.emitted}
+
+
+def print_table(title: str, f: dict) -> None:
     agree = {True: "equal", False: "DIFFERENT", None: "not compared (sampled)"}[f["greedy_match"]]
+    mean = f" (mean {f['mean_gamma']:.1f})" if f["gamma"] == "auto" else ""
+    positions = [f"{a / t:.2f} of {t}" for a, t in zip(f["accepted_at"], f["tested_at"]) if t]
     rows = [("plain decoding", f"{f['plain_tokens_per_s']:.1f} tokens/s"),
             ("speculative decoding", f"{f['speculative_tokens_per_s']:.1f} tokens/s"),
-            ("speed-up", f"{f['speedup']:.2f}x (predicted {f['predicted_speedup']:.2f}x: a draft "
+            ("speed-up", f"{f['speedup']:.2f}x (predicted {f['predicted_speedup']:.2f}x: a guess "
                          f"costs {f['draft_cost']:.3f}, verifying {f['verify_cost']:.2f} steps)"),
-            ("accepted / drafted", f"{f['accepted_per_drafted']:.3f} with gamma {f['gamma']}" + (
-                f" (mean {f['mean_gamma']:.1f})" if f["gamma"] == "auto" else "")),
+            ("accepted / drafted", f"{f['accepted_per_drafted']:.3f}, gamma {f['gamma']}{mean}"),
             ("alpha (accepted / tested)", f"{f['alpha']:.3f}; by sum min(p, q) "
                                           f"{f['alpha_overlap']:.3f}"),
-            ("acceptance by position", ", ".join(
-                f"{a / t:.2f} of {t}" for a, t in zip(f["accepted_at"], f["tested_at"]) if t)),
+            ("acceptance by position", ", ".join(positions)),
             ("tokens a round", f"{f['tokens_per_round']:.2f}"),
             ("outputs", agree)]
     print(f"\n{title}, {f['prompts']} prompts, {f['tokens']} tokens")
@@ -662,28 +788,32 @@ def print_table(title: str, figures: dict) -> None:
         print(f"  {name:26} {value}")
 
 
+FLAGS = (       # name, default, help
+    ("--target", "out/demo-target", "checkpoint folder (default: %(default)s)"),
+    ("--draft", "out/demo-draft", "checkpoint folder (default: %(default)s)"),
+    ("--data", "out/data-demo", "data set whose held-out files give the prompts"),
+    ("--max-new-tokens", 64, "default: %(default)s"),
+    ("--gamma", "4", "drafted tokens a round, or auto (default: %(default)s)"),
+    ("--top-k", 0, "0: off"),
+    ("--top-p", 1.0, "1: off"),
+    ("--seed", 0, "default: %(default)s"),
+    ("--device", "", "cpu or cuda (also ROCm); default: the best there is"),
+    ("--json", "", "file to write the figures to"))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Decode plainly and speculatively, and compare.")
     parser.error = lambda message: parser.exit(2, f"speculative.py: error: {message}\n")
-    add = parser.add_argument
-    add("--target", default="out/demo-target", help="checkpoint folder (default: %(default)s)")
-    add("--draft", default="out/demo-draft", help="checkpoint folder (default: %(default)s)")
-    add("--data", default="out/data-demo", help="data set whose held-out files give the prompts")
-    texts = parser.add_mutually_exclusive_group()
+    add, texts = parser.add_argument, parser.add_mutually_exclusive_group()
     texts.add_argument("--prompt", help="text to continue (default: 16 held-out functions)")
     texts.add_argument("--prompt-file", help="file with the text to continue")
-    add("--max-new-tokens", type=int, default=64)
-    add("--gamma", default="4", help="drafted tokens a round, or auto (default: %(default)s)")
-    add("--temperature", type=float, help="default: greedy, and 0.8 beside it without --prompt")
-    add("--top-k", type=int, default=0, help="0: off")
-    add("--top-p", type=float, default=1.0, help="1: off")
-    add("--stop", action="append", help="string that ends the text; can be repeated")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu or cuda (also ROCm); default: the best there is")
+    for name, default, text in FLAGS:
+        add(name, default=default, type=type(default), help=text)
+    add("--temperature", type=float, help="default: greedy, and 0.8 as well without --prompt")
+    add("--stop", action="append", default=[], help="string that ends the text; can be repeated")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
     add("--graphs", action="store_true", help="compiled, as CUDA graphs; starts up for minutes")
-    add("--verbose", action="store_true", help="list each round's drafts, accepted and rejected")
-    add("--json", metavar="FILE", help="write the figures there")
+    add("--verbose", action="store_true", help="list each round's guesses, accepted and rejected")
     args = parser.parse_args(argv)
     try:
         run(args)
@@ -696,52 +826,42 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.gamma != "auto" and not args.gamma.isdecimal():
         raise ValueError(f"--gamma is {args.gamma!r}: expected a number or auto")
-    gamma = args.gamma if args.gamma == "auto" else int(args.gamma)
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}: expected at least 1")
-    if "" in (args.stop or ()):
+    if "" in args.stop:
         raise ValueError("--stop is empty, which every text contains: give a string to stop at")
-    path = args.json and writable(args.json)
-    device = resolve_device(args.device)
+    gamma = args.gamma if args.gamma == "auto" else int(args.gamma)
+    path = args.json and check_writable(args.json)
+    text = read_text(args.prompt_file) if args.prompt_file else args.prompt
+    device = resolve_device(args.device or None)
     target, draft, tokenizer = load_pair(args.target, args.draft, device,
                                          getattr(torch, args.dtype))
-    text = read_text(args.prompt_file) if args.prompt_file else args.prompt
-    prompts = (held_out_prompts(Path(args.data), tokenizer, 16, 64) if text is None
-               else [tokenizer.encode(text)])
-    if text is not None and target.config.bos_token_id is not None:
-        prompts[0].insert(0, target.config.bos_token_id)
-    stop = args.stop and (lambda new: any(
-        string.encode() in tokenizer.decode_bytes(new) for string in args.stop))
-    results, display = {}, Display(tokenizer, args.verbose)
-    titles = [f"prompt: {tokenizer.decode(prompts[0])}\n\n--- plain decoding",
-              "\n--- speculative decoding"]
+    prompts = (held_out_prompts(args.data, tokenizer, 16, 64) if text is None
+               else [tokenizer.prompt(text)])
+    length, results = max(map(len, prompts)) + max(args.max_new_tokens, 1), {}
 
-    def watch(side: int, i: int, given: Round) -> None:
-        """Stream the first prompt's text, once from each side."""
-        if i == 0 and not results:
-            if titles[side]:
-                display.begin(titles[side])
-                titles[side] = ""
-            display.show(given)
+    def view(side: int, rounds: Iterator[Round]) -> Iterator[Round]:
+        title = f"prompt: {tokenizer.decode(prompts[0])}\n\n--- plain decoding"
+        print("\n--- speculative decoding" if side else title)
+        return show(rounds, tokenizer, args.verbose)
 
-    temperatures = [args.temperature] if args.temperature is not None else (
-        [0.0] if text is not None else [0.0, 0.8])
-    for temperature in temperatures:
-        figures = compare(target, draft, prompts, args.max_new_tokens, gamma, tokenizer.eos_id,
-                          args.seed, args.graphs, stop, watch, temperature=temperature,
-                          top_k=args.top_k, top_p=args.top_p)
-        figures |= {"temperature": temperature, "top_k": args.top_k, "top_p": args.top_p,
-                    "seed": args.seed, "dtype": args.dtype, "device": str(device)}
-        mode = "greedy" if temperature == 0 else f"temperature {temperature}"
-        if not results:
-            display.begin("")
-        print_table(f"{mode}, {args.dtype}, {device}", figures)
-        if results:
-            results["sampled"] = figures
-        else:
-            results = figures
+    def stop(new: list[int]) -> bool:
+        return any(string.encode() in tokenizer.decode_bytes(new) for string in args.stop)
+
+    sampled = [0.8] if text is None else []
+    for temperature in [0.0, *sampled] if args.temperature is None else [args.temperature]:
+        settings = {"temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
+        decoders = [Decoder(target, helper, gamma, length=length, graphs=args.graphs, **settings)
+                    for helper in (None, draft)]
+        stats, texts = compare(decoders, prompts, args.max_new_tokens, args.seed,
+                               None if results else view, eos_id=tokenizer.eos_id,
+                               stop=stop if args.stop else None)
+        row = figures(*stats) | settings | {
+            "gamma": gamma, "prompts": len(prompts), "seed": args.seed, "dtype": args.dtype,
+            "device": str(device), "greedy_match": None if temperature else texts[0] == texts[1]}
+        print_table(f"{'sampled at' if temperature else 'greedy,'} temperature {temperature}, "
+                    f"{args.dtype}, {device}", row)
+        results = results | {"sampled": row} if results else row
     if path:
-        write_atomically(path, [json.dumps(results, indent=2).encode() + b"\n"])
+        write_whole(path, [json.dumps(results, indent=2).encode() + b"\n"])
 
 
 if __name__ == "__main__":
