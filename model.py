@@ -1,9 +1,11 @@
 """The transformer of AMD-135M: Llama-2's architecture, its key/value cache and its checkpoints.
 
 A Llama turns tokens into logits in three moves: look up an embedding, pass it through a stack of
-identical layers (attention mixes positions, SwiGLU mixes channels, and both are added to the
-residual stream), project the result back to the vocabulary. This file builds that from the bottom
-up, in the order in which a reader needs the parts. train.py, speculative.py and evaluate.py run it.
+identical layers, project the result back to the vocabulary. A layer adds two things to what passes
+through it, the residual stream: attention, which mixes positions, and SwiGLU, which mixes channels.
+The logits at position t score the token at position t + 1. This file builds a Llama from the bottom
+up, in the order in which a reader needs the parts. train.py trains it, evaluate.py measures it, and
+speculative.py generates with two of them: a small draft guesses tokens that a large target checks.
 
 Dimension letters, the same in every script:
     B batch    T query length S key length        C width (hidden_size)    V vocabulary
@@ -53,16 +55,16 @@ class ModelConfig:
     def __post_init__(self):
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if C % (2 * H) or H % K:            # RoPE pairs the channels of a head
-            raise ValueError(f"hidden_size {C} must be an even multiple of num_attention_heads {H}, "
-                             f"and that a multiple of num_key_value_heads {K}")
+            raise ValueError(f"hidden_size {C} must be an even multiple of num_attention_heads "
+                             f"{H}, and that a multiple of num_key_value_heads {K}")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
 
-# The demo's draft is one layer. Its target is grown from it (train.py), so that the two agree often
-# enough to be worth drafting with. Both are small enough for two CPU cores.
+# The demo's pair, small enough for two CPU cores. Its draft has one layer. Its target starts as
+# that trained draft with layers added (`grow` in train.py), so the two agree on many tokens.
 DEMO = ModelConfig(
     vocab_size=4096, hidden_size=192, intermediate_size=576, num_hidden_layers=1,
     num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=256,
@@ -82,7 +84,10 @@ PRESETS = {
 # ------------------------------------------------------------------------- norm, linear, positions
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight  (Zhang & Sennrich 2019, eq. 4), in float32 or wider."""
+    """x / sqrt(mean(x^2) + eps) * weight  (Zhang & Sennrich 2019, eq. 4), in float32 or wider.
+
+    It is LayerNorm without subtracting the mean and without a bias, which turn out not to matter.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -110,9 +115,13 @@ class Linear(nn.Linear):
 def rope(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of RoPE's angles (Su et al. 2021, eq. 15), for rotate().
 
-    positions (B, T) -> two tensors (B, T, 1, D) of type dtype. Channels i and i + D/2 form a pair
-    (the layout of Hugging Face's checkpoints; the paper pairs 2i and 2i + 1). At position t the
-    pair turns by the angle t * theta^(-2i/D).
+    RoPE tells attention where tokens stand. It turns q and k by angles that grow with their
+    positions; the product of a q at position s and a k at position t then depends on s - t alone.
+    It replaces the position vectors that Vaswani et al. 2017 add to the embeddings.
+
+    positions (B or 1, T) -> two tensors (B or 1, T, 1, D) of type dtype. Channels i and i + D/2
+    form a pair (the layout of Hugging Face's checkpoints; the paper pairs 2i and 2i + 1). At
+    position t the pair turns by the angle t * theta^(-2i/D).
 
     Example with D = 4, theta = 10000, at position 1: the pair of channels 0 and 2 turns by
     1 * 10000^0 = 1 radian, the pair of channels 1 and 3 by 1 * 10000^(-2/4) = 0.01 radians:
@@ -135,7 +144,8 @@ def rope(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Te
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each channel pair of x (B, T, heads, D) by its angle: a pair (a, b) becomes
-    (a cos - b sin, b cos + a sin). Rolling by D/2 puts each channel's partner in its place."""
+    (a cos - b sin, b cos + a sin). Rolling by D/2 puts each channel's partner in its place, and the
+    minus is already in the first half of the signed sines that rope() returns."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -145,8 +155,8 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), written out for the reader.
 
     q (B, H, T, D); k, v (B, K, S, D); mask (B or 1, 1, T, S): 0 where a query may look, else -inf.
-    The model calls PyTorch's kernel, which never stores the (T, S) scores; a test holds the two
-    equal.
+    The model calls PyTorch's kernel instead, which never stores the (T, S) scores; a test holds the
+    two equal.
     """
     group = q.shape[1] // k.shape[1]        # query heads that share one key/value head
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)     # (B, H, S, D)
@@ -155,15 +165,23 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class Past(NamedTuple):
-    """One layer's share of a Cache, as the attention of T new tokens needs it."""
+    """What attention needs to read T new tokens behind older ones: one layer's share of a Cache.
+
+    The keys and values of a token depend on the tokens before it alone, so they are computed once
+    and kept. A row of the cache has S places, most of them still empty, and the new tokens take the
+    next ones: keys[where] is the part (B, T, K, D) of keys that is theirs.
+    """
     keys: Tensor                        # (B, S, K, D)
     values: Tensor                      # (B, S, K, D)
-    where: tuple[Tensor, Tensor]        # rows (B, 1) and places (B, T) of the new keys and values
+    where: tuple[Tensor, Tensor]        # rows (B, 1) and places (B, T), which broadcast to (B, T)
     mask: Tensor                        # (B, 1, T, S): 0 where a new token may look, else -inf
 
 
 class Attention(nn.Module):
-    """Causal self-attention of x (B, T, C), over x alone or over what `past` holds as well."""
+    """Causal self-attention of x (B, T, C), over x alone or over what `past` holds as well.
+
+    Without `past` PyTorch's kernel applies the usual triangular mask; with it, the mask is past's.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -181,17 +199,18 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.D)                           # (B, T, K, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:
-            past.keys[past.where], past.values[past.where] = k, v           # remember the new ones
+            past.keys[past.where], past.values[past.where] = k, v           # writes into the Cache
             k, v = past.keys, past.values                                   # (B, S, K, D)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # (B, heads, T or S, D)
-        y = F.scaled_dot_product_attention(
-            q, k, v, past and past.mask, is_causal=past is None,
-            enable_gqa=q.shape[1] != k.shape[1])                            # (B, H, T, D)
+        mask = past.mask if past else None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                           enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))                    # (B, T, C)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))  (Shazeer 2020, eq. 6)."""
+    """down(silu(gate(x)) * up(x))  (Shazeer 2020, eq. 6): each hidden channel of `up` is let
+    through as far as `gate` says."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -205,8 +224,8 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)): what the layers add up in is the residual
-    stream."""
+    """x + attention(norm(x)), then x + swiglu(norm(x)). The norms stand before the parts, not
+    after them as in Vaswani et al. 2017: x itself passes through all layers unchanged."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -223,17 +242,18 @@ class Layer(nn.Module):
 # ---------------------------------------------------------------------------------- cache and model
 
 class Cache:
-    """The keys and values of every layer, with `length` places a row, allocated once.
+    """The keys and values of every layer, with `length` places for each row, allocated once.
 
-    `position` (B,) says how many tokens of each row are held, and so where the next ones go. The
-    model never moves it: whoever feeds T tokens calls advance(T) afterwards, or forgets tokens
-    again with rollback(n). Rows move on their own. What lies at or beyond a row's position is
-    masked until it is overwritten, so stale keys are never seen. The caller keeps
-    position + T <= length.
+    `position` (B,) says how many tokens of each row are held, and so where its next ones go. The
+    model reads it and never moves it: after feeding T tokens the caller says advance(T), and with
+    rollback(n) it takes the last n back. Each row has a position of its own, because speculative
+    decoding accepts another number of tokens in each. What lies at or beyond a row's position is
+    masked until it is overwritten. The caller keeps position + T <= length.
 
-    A position may be -1, for a lone token x that is fed twice, as speculative.py's draft does after
-    a prompt of one token: x, x go to places -1 and 0; -1 counts as 0, so both land in place 0 and
-    see place 0 alone, as if x had been fed once; advance(2) then leaves position 1.
+        logits = model(prompt, cache)                   # prompt (B, T), an empty cache
+        cache.advance(prompt.shape[1])
+        token = logits[:, -1:].argmax(-1)               # (B, 1): the likeliest next token
+        logits = model(token, cache)                    # and so on
     """
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device=None, dtype=None):
@@ -257,11 +277,18 @@ class Cache:
 
     def lookup(self, T: int) -> tuple[Tensor, Tensor, list[Past]]:
         """What the T next tokens of each row need: cosines and sines, each (B, T, 1, D), and a Past
-        for each layer."""
+        for each layer.
+
+        A position may be -1. speculative.py's draft reads the last two tokens at a time, so after a
+        prompt of a single token x it reads x twice, from position -1 on. Both copies land in place
+        0 (-1 counts as 0) and see place 0 alone; advance(2) then leaves position 1, as if x had
+        been read once.
+        """
         places = self.position[:, None] + torch.arange(T, device=self.position.device)
         places = places.clamp(min=0)                                        # (B, T)
         rows = torch.arange(len(places), device=places.device)[:, None]     # (B, 1)
         seen = (self.places <= places[..., None])[:, None]                  # (B, 1, T, S)
+        # A zero of the cache's type where a place is seen, else -inf.
         mask = self.cos.new_zeros(()).where(seen, float("-inf"))            # (B, 1, T, S)
         pasts = [Past(keys, values, (rows, places), mask)
                  for keys, values in zip(self.keys, self.values)]
@@ -284,22 +311,23 @@ class Transformer(nn.Module):
         self.lm_head = Linear(C, V)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        if not self.lm_head.weight.is_meta:
+        if not self.lm_head.weight.is_meta:     # meta: shapes alone, see load_checkpoint
             self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """AMD's initialisation: normal numbers of standard deviation sqrt(2/5/C).
+        """The initialisation of AMD's published code: normal numbers of standard deviation
+        sqrt(2/5/C), but 1/sqrt(C)/layers in the two projections of a layer that write into the
+        residual stream, so that what all layers together add to it does not grow with their number.
 
         It makes the first loss ln V + 0.2. The last norm gives the head inputs of mean square 1, so
-        a logit is a sum of C products, of variance C * (2/5/C) = 0.4. The loss is
-        ln(sum of exp(logits)) - (the right token's logit, 0 on average), and the mean of exp(z) over
-        normal z of variance 0.4 is exp(0.2): ln(V exp(0.2)) = ln V + 0.2.
+        a logit is a sum of C products, normal with variance C * (2/5/C) = 0.4. The loss is the log
+        of the sum of V terms exp(logit), less the right token's logit, which is 0 on average. The
+        mean of exp(z) over a normal z of variance 0.4 is exp(0.4/2): ln(V exp(0.2)) = ln V + 0.2.
         """
         C, layers = self.config.hidden_size, self.config.num_hidden_layers
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
-            # The two projections that write into the residual stream start smaller, by depth.
             output = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 1 / math.sqrt(C) / layers if output else math.sqrt(2 / 5 / C)
             if parameter.ndim == 2:         # norms stay at 1
@@ -314,7 +342,7 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, V) for tokens (B, T). With a cache, they follow the tokens that it holds."""
+        """Logits (B, T, V) for tokens (B, T). With a cache, the tokens follow those it holds."""
         return self.lm_head(self.hidden(tokens, cache))
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -330,8 +358,12 @@ class Transformer(nn.Module):
         return self.run_layers(x, cos, sin, [None] * len(self.model.layers))
 
     def run_layers(self, x: Tensor, cos: Tensor, sin: Tensor, pasts: list[Past | None]) -> Tensor:
-        """All layers and the last norm: x (B, T, C) -> (B, T, C). Training compiles this part; with
-        the cosines in it, they would be computed again for each element that they turn."""
+        """All layers and the last norm: x (B, T, C) -> (B, T, C).
+
+        It is apart from hidden() for training, which compiles it. The compiler would fuse the
+        cosines into rotate() and compute them again in every head of every layer, which costs 4 to
+        6% of a step; so they are computed outside.
+        """
         for layer, past in zip(self.model.layers, pasts):
             x = layer(x, cos, sin, past)
         return self.model.norm(x)                                           # (B, T, C)
@@ -368,8 +400,8 @@ def reading(path: Path) -> Iterator[None]:
             reason = f"it lacks {reason}"
         elif dangling or os.path.isfile(path) and path.read_bytes()[:99].startswith(POINTERS):
             reason = "it is a Git LFS or Git-annex pointer: run `git lfs pull` or `git annex get`"
-        raise ValueError(f"{path} cannot be used ({reason:.400}): expected what a Llama's checkpoint "
-                         "folder holds; fetch it again, or train one with train.py") from None
+        raise ValueError(f"{path} cannot be used ({reason:.400}): expected what the checkpoint "
+                         "folder of a Llama has; fetch it again, or train one") from None
 
 
 def load_checkpoint(folder: str | Path, device="cpu",
@@ -384,7 +416,7 @@ def load_checkpoint(folder: str | Path, device="cpu",
                if not name.endswith("rotary_emb.inv_freq")}     # old files have RoPE's angles
     with reading(folder):
         if config.tie_word_embeddings:
-            # A file with a head of its own has the last word, as in transformers 5.
+            # A file with a head of its own keeps it, as in transformers 5.
             embedding = tensors["model.embed_tokens.weight"]
             head = tensors.setdefault("lm_head.weight", embedding)
             config = replace(config, tie_word_embeddings=torch.equal(head, embedding))
@@ -409,7 +441,7 @@ def save_checkpoint(model: Transformer, folder: str | Path) -> None:
 SUPPORTED = {"model_type": ["llama"], "hidden_act": ["silu", "swish"], "attention_bias": [False],
              "mlp_bias": [False], "partial_rotary_factor": [1.0], "sliding_window": [],
              "quantization_config": [], "rope_type": ["default", "linear"],
-             "type": ["default", "linear"], "factor": [1.0]}    # of linear scaling: it changes nothing
+             "type": ["default", "linear"], "factor": [1.0]}    # linear by 1: changes nothing
 
 
 def read_config(raw: dict) -> ModelConfig:
