@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -30,8 +29,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import check_writable, load_tokenizer, write_whole
-from model import PRESETS, ModelConfig, Transformer, prepare_for_decoding, resolve_device
-from speculative import Decoder, Stats, expected_tokens, held_out_prompts
+from model import PRESETS, ModelConfig, Transformer, load_checkpoint, resolve_device
+from speculative import (Decoder, Stats, held_out_prompts, predicted_speedup,
+                         prepare_for_decoding)
 
 
 # ------------------------------------------------------------------------------------- the models
@@ -95,7 +95,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype, embed: str = "") -
             raise ValueError(f"--target {name} is a preset, and --embed-in {embed} needs the folder "
                              "of a checkpoint: give one, or leave --embed-in out")
         return random_model(PRESETS[name], device, dtype)
-    model = Transformer.from_pretrained(name, device, dtype)
+    model = load_checkpoint(name, device, dtype)
     return embed_in(model, PRESETS[embed]) if embed else model
 
 
@@ -141,13 +141,17 @@ class Way:
     texts: list[list[int]] = field(default_factory=list)
 
 
-def our_way(name: str, decoder: Decoder, prompts: int, eager: bool = False, **fields) -> Way:
+def report(text: str) -> None:
+    """A large target takes minutes to compile: say how far a run is, apart from its tables."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def our_way(name: str, decoder: Decoder, prompts: int, **fields) -> Way:
+    report(f"{name}: ready")
+
     def decode(prompt: list[int], new: int, seed: int, stats: Stats) -> list[int]:
-        # Some ways of a run are compiled and others are not: the models are the same.
-        stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
-        with stance:
-            return [token for round_ in decoder.generate([prompt], new, seed=seed, stats=stats)
-                    for token in round_.tokens[0]]
+        return [token for outcome in decoder.generate([prompt], new, seed=seed, stats=stats)
+                for token in outcome.tokens[0]]
     return Way(name, decode, prompts, decoder=decoder, **fields)
 
 
@@ -180,8 +184,7 @@ def all_ways(args: argparse.Namespace, sampling: dict, target: Transformer,
     """The first draft helps with every --gamma, and further drafts with the first --gamma. With
     --graphs, gamma "auto" and a plain decoding to compare it with run without them."""
     fast = {"length": length, "graphs": args.graphs} | sampling
-    slow = {"length": length} | sampling
-    eager = {"prompts": args.eager_prompts, "eager": args.graphs}
+    eager = {"length": length} | sampling
     ways = [our_way("plain", Decoder(target, **fast), args.prompts)]
     for draft, model in drafts.items():
         for gamma in args.gamma if draft == args.draft[0] else args.gamma[:1]:
@@ -190,9 +193,10 @@ def all_ways(args: argparse.Namespace, sampling: dict, target: Transformer,
                 ways.append(our_way(name, Decoder(target, model, gamma, **fast), args.prompts,
                                     plain=ways[0], gamma=gamma, draft=draft))
                 continue
-            ways.append(plain := our_way("plain, eager", Decoder(target, **slow), **eager))
-            ways.append(our_way(f"{name}, eager", Decoder(target, model, gamma, **slow), **eager,
-                                plain=plain, gamma=gamma, draft=draft))
+            ways.append(plain := our_way("plain, eager", Decoder(target, **eager),
+                                         args.eager_prompts))
+            ways.append(our_way(f"{name}, eager", Decoder(target, model, gamma, **eager),
+                                args.eager_prompts, plain=plain, gamma=gamma, draft=draft))
     if peers:
         number = args.eager_prompts
         plain = peer_way("transformers' generate", peers[0], None, number, sampling)
@@ -204,9 +208,16 @@ def all_ways(args: argparse.Namespace, sampling: dict, target: Transformer,
 
 
 def take_turns(ways: list[Way], prompts: list[list[int]], new: int) -> None:
-    for way in ways:                                    # warm up, and forget
-        way.decode(prompts[0], min(new, 16), 0, Stats())
+    for way in [*ways]:                                 # warm up, and forget
+        try:
+            way.decode(prompts[0], min(new, 16), 0, Stats())
+        except Exception as error:
+            if way.decoder:                             # ours: to be mended here
+                raise
+            ways.remove(way)
+            report(f"{way.name} is left out: {' '.join(str(error).split()):.200}")
     for i, prompt in enumerate(prompts):
+        report(f"prompt {i + 1} of {len(prompts)}")
         for way in ways:
             if i < way.prompts:
                 way.texts.append(way.decode(prompt, new, i, way.stats))
@@ -214,51 +225,32 @@ def take_turns(ways: list[Way], prompts: list[list[int]], new: int) -> None:
 
 # ------------------------------------------------------------------------------ what parts cost
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(decoder: Decoder, step: Callable, position: int | None) -> float:
-    """Seconds of one call of `step`, with every cache at `position`."""
-    for cache in decoder.caches if position is not None else ():
+def seconds_of(decoder: Decoder, step: Callable, position: int) -> float:
+    """Seconds of one call of `step` where every cache holds `position` tokens."""
+    for cache in decoder.caches:
         cache.position.fill_(position)
-    synchronize(decoder.target.device)
-    began = time.perf_counter()
-    step()
-    synchronize(decoder.target.device)
-    return time.perf_counter() - began
+    stats = Stats()
+    stats.timed("seconds", lambda: None)        # what was asked of a GPU before is done now
+    stats.seconds = 0.0
+    stats.timed("seconds", step)
+    return stats.seconds
 
 
 @torch.inference_mode()
 def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> dict[str, float]:
-    """Seconds of the parts of both ways to decode: medians of 30, taken in turns."""
-    plain.start([prompt])
-    fast.start([prompt])
-    if plain.graphs and fast.graphs:
-        graphs = plain.graphs[0][0] + fast.graphs[G][0]
-        steps = [graph.replay for graph in graphs]
-    else:
-        drafts = fast.propose(G)
-        steps = [plain.plain_step, lambda: fast.propose(G), lambda: fast.decide(*drafts)]
-    parts = {"token_s": (plain, steps[0]), "drafts_s": (fast, steps[1]),
-             "verify_s": (fast, steps[2])}
+    """Seconds of a plain step, of drafting G tokens and of verifying them: medians of 30, taken in
+    turns."""
+    plain.read([prompt])
+    fast.read([prompt])
+    drafts = fast.run_propose(G)
+    parts = {"token_s": (plain, lambda: plain.run_decide(None)),
+             "drafts_s": (fast, lambda: fast.run_propose(G)),
+             "verify_s": (fast, lambda: fast.run_decide(drafts))}
     times = {name: [] for name in parts}
     for _ in range(30):
         for name, (decoder, step) in parts.items():
             times[name].append(seconds_of(decoder, step, len(prompt)))
-    costs = {name: statistics.median(values) for name, values in times.items()}
-    for name, decoder in (("read_plain_s", plain), ("read_s", fast)):
-        costs[name] = statistics.median(
-            seconds_of(decoder, lambda: decoder.start([prompt]), None) for _ in range(5))
-    return costs
-
-
-def predicted_speedup(alpha: float, gamma: int, costs: dict[str, float], new: int) -> float:
-    """What the parts predict for `new` tokens after a prompt, its reading included."""
-    rounds = new / expected_tokens(alpha, gamma)
-    plain = costs["read_plain_s"] + new * costs["token_s"]
-    return plain / (costs["read_s"] + rounds * (costs["drafts_s"] + costs["verify_s"]))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 # ------------------------------------------------------------------------------------ the report
@@ -277,9 +269,13 @@ def figures_of(way: Way, sampling: dict, first: Way, prompt: list[int], new: int
     row |= {"accepted_per_drafted": stats.accepted_per_drafted, "alpha": stats.alpha_overlap,
             "tokens_per_round": stats.tokens_per_round, "mean_gamma": stats.drafted / stats.rounds}
     if way.gamma != "auto":
-        costs = step_costs(plain.decoder, way.decoder, prompt, way.gamma)
-        row |= costs | {"graphs": bool(way.decoder.graphs), "predicted_speedup": predicted_speedup(
-            stats.alpha_overlap, way.gamma, costs, new)}
+        costs = step_costs(plain.decoder, way.decoder, prompt, way.gamma) | {
+            "read_plain_s": plain.stats.reading / plain.prompts,
+            "read_s": stats.reading / way.prompts}
+        token, drafts, verify, read_plain, read = (part / costs["token_s"]
+                                                   for part in costs.values())
+        row |= costs | {"graphs": way.decoder.graphs, "predicted_speedup": predicted_speedup(
+            stats.alpha_overlap, way.gamma, drafts / way.gamma, verify, new, read_plain, read)}
     return row
 
 
@@ -291,7 +287,9 @@ def print_tables(rows: list[dict]) -> None:
           "round | texts as plain |\n|---|---|---|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         sampled = f"{row['temperature']}, {row['top_k']}, {row['top_p']}"
-        print(" | ".join(["| " + (sampled if row["temperature"] else "greedy"), row["way"],
+        mean = f" (mean {row['mean_gamma']:.1f})" if "mean_gamma" in row else ""
+        print(" | ".join(["| " + (sampled if row["temperature"] else "greedy"),
+                          row["way"] + mean * (row["gamma"] == "auto"),
                           row["draft"], f"{row['tokens_per_s']:.1f}", f"{row['speedup']:.2f}",
                           number(row, "predicted_speedup", ".2f"),
                           number(row, "accepted_per_drafted", ".3f"),
@@ -371,7 +369,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: expected at "
                              "least 1")
     path = args.json and check_writable(args.json)
-    device, new, dtype = resolve_device(args.device), args.max_new_tokens, getattr(torch, args.dtype)
+    device, dtype = resolve_device(args.device), getattr(torch, args.dtype)
+    new = args.max_new_tokens
     prompts = open_prompts(args)
     target = load(args.target, device, dtype, args.embed_in)
     drafts = {name: load(name, device, dtype) for name in args.draft}
@@ -379,6 +378,9 @@ def run(args: argparse.Namespace) -> None:
     if length > context:
         raise ValueError(f"prompts of up to {length - new} tokens and --max-new-tokens {new} do "
                          f"not fit into the target's context of {context}: ask for fewer")
+    # All decoders round length + gamma + 1 up to the same number of places: each is compiled for.
+    longest = max((gamma for gamma in args.gamma if gamma != "auto"), default=0)
+    length = min(-(-(length + longest + 1) // 64) * 64 - longest - 1, context)
     peers = [peer(model, target.config.vocab_size)
              for model in (target, drafts[args.draft[0]]) if args.peers]
     for model in (target, *drafts.values()):
@@ -392,6 +394,7 @@ def run(args: argparse.Namespace) -> None:
             row["tokens"] = way.texts
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"CPU, {torch.get_num_threads()} threads")
+    report("done")
     facts = {"target": args.target, "embed_in": args.embed_in, "dtype": args.dtype,
              "device": where, "torch": torch.__version__, "prompts": prompts, "new_tokens": new}
     print(f"{args.target}{f' in the shape of {args.embed_in}' * bool(args.embed_in)}, {args.dtype}"
