@@ -92,8 +92,8 @@ def embed_in(model: Transformer, shape: ModelConfig) -> Transformer:
 def load(name: str, device: torch.device, dtype: torch.dtype, embed: str = "") -> Transformer:
     if name in PRESETS:
         if embed:
-            raise ValueError(f"--target {name} is a preset, and --embed-in {embed} needs the folder "
-                             "of a checkpoint: give one, or leave --embed-in out")
+            raise ValueError(f"--target {name} is a preset, and --embed-in {embed} needs the "
+                             "folder of a checkpoint: give one, or leave --embed-in out")
         return random_model(PRESETS[name], device, dtype)
     model = load_checkpoint(name, device, dtype)
     return embed_in(model, PRESETS[embed]) if embed else model
@@ -147,7 +147,7 @@ def report(text: str) -> None:
 
 
 def our_way(name: str, decoder: Decoder, prompts: int, **fields) -> Way:
-    report(f"{name}: ready")
+    report(f"{name} {fields.get('draft', '')}: ready")
 
     def decode(prompt: list[int], new: int, seed: int, stats: Stats) -> list[int]:
         return [token for outcome in decoder.generate([prompt], new, seed=seed, stats=stats)
@@ -283,8 +283,8 @@ def print_tables(rows: list[dict]) -> None:
     def number(row: dict, name: str, form: str) -> str:
         return format(row[name], form) if name in row else ""
 
-    print("| sampling | way | draft | tokens/s | speed-up | predicted | accepted/drafted | tokens a "
-          "round | texts as plain |\n|---|---|---|---:|---:|---:|---:|---:|---:|")
+    print("| sampling | way | draft | tokens/s | speed-up | predicted | accepted/drafted | tokens "
+          "a round | texts as plain |\n|---|---|---|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         sampled = f"{row['temperature']}, {row['top_k']}, {row['top_p']}"
         mean = f" (mean {row['mean_gamma']:.1f})" if "mean_gamma" in row else ""
