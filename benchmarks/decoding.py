@@ -266,7 +266,7 @@ def figures_of(way: Way, sampling: dict, first: Way, prompt: list[int], new: int
                map(list.__eq__, way.texts, compared.texts))}
     if way.decoder is None or not way.gamma:
         return row
-    row |= {"accepted_per_drafted": stats.accepted_per_drafted, "alpha": stats.alpha_overlap,
+    row |= {"accepted_per_drafted": stats.accepted_per_drafted, "alpha": stats.alpha,
             "tokens_per_round": stats.tokens_per_round, "mean_gamma": stats.drafted / stats.rounds}
     if way.gamma != "auto":
         costs = step_costs(plain.decoder, way.decoder, prompt, way.gamma) | {
@@ -275,7 +275,7 @@ def figures_of(way: Way, sampling: dict, first: Way, prompt: list[int], new: int
         token, drafts, verify, read_plain, read = (part / costs["token_s"]
                                                    for part in costs.values())
         row |= costs | {"graphs": way.decoder.graphs, "predicted_speedup": predicted_speedup(
-            stats.alpha_overlap, way.gamma, drafts / way.gamma, verify, new, read_plain, read)}
+            stats.alpha, way.gamma, drafts / way.gamma, verify, new, read_plain, read)}
     return row
 
 
