@@ -59,6 +59,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -168,16 +169,14 @@ class Verdict(NamedTuple):
     drafted: Tensor                 # (B, G), the guesses
     tokens: Tensor                  # (B, G+1), of which each row gets the first n + 1
     n: Tensor                       # (B,), how many guesses were accepted
-    overlap: Tensor                 # (B, G), sum_x min(p(x), q(x)): how likely acceptance was
 
 
 def plain_step(target: Transformer, cache: Cache, last_two: Tensor, u: Tensor,
                sampling: Sampling) -> Verdict:
     """Plain decoding: the target reads the last token and draws one more. u (B, 1)."""
-    logits = target(last_two[:, 1:], cache)                             # (B, 1, V)
-    token = sample(warp(logits[:, 0], *sampling), u[:, 0])[:, None]     # (B, 1)
-    nothing = token[:, :0]
-    return Verdict(nothing, token, torch.zeros_like(token[:, 0]), nothing)
+    logits = target(last_two[:, 1:], cache)[:, 0]                       # (B, V)
+    tokens = sample(warp(logits, *sampling), u[:, 0])[:, None]          # (B, 1)
+    return Verdict(tokens[:, :0], tokens, torch.zeros_like(tokens[:, 0]))
 
 
 def propose(draft: Transformer, cache: Cache, last_two: Tensor, u: Tensor, sampling: Sampling,
@@ -187,29 +186,26 @@ def propose(draft: Transformer, cache: Cache, last_two: Tensor, u: Tensor, sampl
     vocab_size is the target's. Either model may know tokens that the other lacks: the draft's
     surplus is cut off, and what it has no embedding for it reads as the last one that it has.
     """
-    tokens, drafted, distributions = last_two, [], []
+    tokens, guesses, distributions = last_two, [], []
     for u_i in u.unbind(1):
         tokens = tokens.clamp(max=draft.config.vocab_size - 1)
-        hidden = draft.hidden(tokens, cache)[:, -1]                     # (B, C)
+        logits = draft.lm_head(draft.hidden(tokens, cache)[:, -1])      # (B, V)
         cache.advance(tokens.shape[1])
-        q_i = warp(draft.lm_head(hidden)[:, :vocab_size], *sampling)    # (B, V)
+        q_i = warp(logits[:, :vocab_size], *sampling)
         d_i = sample(q_i, u_i)                                          # (B,)
         distributions.append(q_i)
-        drafted.append(d_i)
+        guesses.append(d_i)
         tokens = d_i[:, None]
-    return Drafts(torch.stack(drafted, 1), torch.stack(distributions, 1))
+    return Drafts(torch.stack(guesses, 1), torch.stack(distributions, 1))
 
 
 def decide(target: Transformer, cache: Cache, last_two: Tensor, drafts: Drafts, u: Tensor,
            sampling: Sampling) -> Verdict:
     """The target reads the last token and all guesses in one pass, and they are judged.
     u (B, G+1)."""
-    drafted, q = drafts
-    logits = target(torch.cat((last_two[:, 1:], drafted), 1), cache)
+    logits = target(torch.cat((last_two[:, 1:], drafts.tokens), 1), cache)
     p = warp(logits, *sampling)                                         # (B, G+1, V)
-    tokens, n = verify(p, q, drafted, u)
-    overlap = torch.minimum(p[:, :-1, :q.shape[-1]], q).sum(-1)
-    return Verdict(drafted, tokens, n, overlap)
+    return Verdict(drafts.tokens, *verify(p, drafts.q, drafts.tokens, u))
 
 
 def advance(verdict: Verdict, last_two: Tensor, active: Tensor, target_cache: Cache,
@@ -218,7 +214,7 @@ def advance(verdict: Verdict, last_two: Tensor, active: Tensor, target_cache: Ca
     picture above. The caches still hold the rest, but beyond their positions."""
     gained = (verdict.n + 1) * active                                   # (B,)
     target_cache.advance(gained)            # it held all but the last token, and does again
-    if draft_cache:             # propose() has moved it by G + 1
+    if draft_cache:                         # propose() has moved it by G + 1
         draft_cache.rollback(verdict.tokens.shape[1] - gained)
     places = gained[:, None] + torch.arange(2, device=gained.device)    # (B, 2)
     last_two.copy_(torch.cat((last_two, verdict.tokens), 1).gather(1, places))
@@ -231,7 +227,6 @@ class Round(NamedTuple):
     tokens: list[list[int]]         # the accepted guesses and x, but nothing after a row's end
     accepted: list[int]             # n, which counts all accepted guesses, also those after the end
     drafted: list[list[int]]        # all guesses
-    overlap: list[list[float]]      # sum min(p, q) at each guess
 
 
 @dataclass
@@ -241,7 +236,6 @@ class Stats:
     emitted: int = 0                # tokens handed out (not the prompt's)
     drafted: int = 0
     accepted: int = 0               # counted before EOS or the limit cuts a round short
-    overlap: float = 0.0            # sum over tested guesses of sum_x min(p(x), q(x))
     seconds: float = 0.0            # of decoding, and within it of reading prompts and of drafting
     reading: float = 0.0
     drafting: float = 0.0
@@ -249,19 +243,19 @@ class Stats:
     accepted_at: list[int] = field(default_factory=list)    # it was reached, and accepted
 
     def count(self, outcome: Round) -> None:
-        for tokens, n, drafted, overlap in zip(*outcome):
-            G = len(drafted)
-            self.rounds += bool(tokens)
+        for tokens, n, drafted in zip(*outcome):
             if not tokens:
                 continue
+            self.rounds += 1
             self.emitted += len(tokens)
-            self.drafted += G
+            self.drafted += len(drafted)
             self.accepted += n
-            self.overlap += sum(overlap[:n + 1])
-            for totals, reached in ((self.tested_at, n + 1), (self.accepted_at, n)):
-                totals += [0] * (G - len(totals))
-                for i in range(min(reached, G)):
-                    totals[i] += 1
+            more = [0] * (len(drafted) - len(self.tested_at))
+            self.tested_at += more
+            self.accepted_at += more
+            for i in range(len(drafted)):
+                self.tested_at[i] += i <= n         # it was reached if all before it were accepted
+                self.accepted_at[i] += i < n
 
     def timed(self, name: str, function: Callable, *args):
         """Call a function and add the seconds that it takes to the field of that name."""
@@ -283,11 +277,6 @@ class Stats:
         return self.accepted / max(sum(self.tested_at), 1)
 
     @property
-    def alpha_overlap(self) -> float:
-        """The same from sum min(p, q), which does not depend on the dice: less variance."""
-        return self.overlap / max(sum(self.tested_at), 1)
-
-    @property
     def tokens_per_round(self) -> float:
         return self.emitted / max(self.rounds, 1)
 
@@ -302,8 +291,7 @@ def expected_tokens(alpha: float, gamma: int) -> float:
 
 
 def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: float,
-                      tokens: float = 1.0, plain_reading: float = 0.0,
-                      reading: float = 0.0) -> float:
+                      tokens=1.0, plain_reading=0.0, reading=0.0) -> float:
     """Leviathan, Theorem 3.8, from the costs of drafting a token, of verifying gamma + 1 (one, in
     the theorem), and of reading the prompt before `tokens` are written: by the target alone, and by
     both models. All costs are in steps of plain decoding."""
@@ -340,7 +328,7 @@ class Decoder:
         self.target, self.draft, self.gamma = target, draft, gamma if draft else 0
         self.sampling = Sampling(temperature, top_k, top_p)
         check_settings(self, graphs)
-        self.models = [model for model in (target, draft) if model]
+        self.models = self.fast = [target] if self.gamma == 0 else [target, draft]
         longest = MAX_GAMMA if self.gamma == "auto" else self.gamma
         context, device = target.config.max_position_embeddings, target.device
         self.length = min(length or context, context)
@@ -361,22 +349,27 @@ class Decoder:
         self.last_two.copy_(torch.tensor([(2 * prompt)[-2:] for prompt in prompts]))
         self.active.fill_(1)
         padded = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        lengths = self.active.new_tensor([len(prompt) for prompt in prompts])
         for unread, model, cache in zip((1, 2), self.models, self.caches):
             cache.position.zero_()
-            tokens = padded.clamp(max=model.config.vocab_size - 1).to(self.u.device)
-            model.hidden(tokens, cache)
-            cache.advance((lengths - unread).to(self.u.device))     # the padding stays unseen
+            tokens = padded.clamp(max=model.config.vocab_size - 1)
+            model.hidden(tokens.to(model.device), cache)
+            cache.advance(lengths - unread)             # what is behind it stays unseen
 
     def run_propose(self, G: int) -> Drafts | None:
-        return propose(self.draft, self.caches[1], self.last_two, self.u[:, :G], self.sampling,
-                       self.target.config.vocab_size) if G else None
+        """propose() with this decoder's tensors; without a draft there is nothing to do."""
+        if G:
+            return propose(self.fast[1], self.caches[1], self.last_two, self.u[:, :G],
+                           self.sampling, self.target.config.vocab_size)
 
     def run_decide(self, drafts: Drafts | None) -> Verdict:
-        G = drafts.tokens.shape[1] if drafts else 0
-        step = functools.partial(decide, drafts=drafts) if drafts else plain_step
-        verdict = step(self.target, self.caches[0], self.last_two, u=self.u[:, G:2 * G + 1],
-                       sampling=self.sampling)
+        """decide() or plain_step(), and advance()."""
+        tensors = self.fast[0], self.caches[0], self.last_two
+        if drafts:
+            G = drafts.tokens.shape[1]
+            verdict = decide(*tensors, drafts, self.u[:, G:2 * G + 1], self.sampling)
+        else:
+            verdict = plain_step(*tensors, self.u, self.sampling)
         advance(verdict, self.last_two, self.active, *self.caches)
         return verdict
 
@@ -394,13 +387,15 @@ class Decoder:
         check_request(self, prompts, max_new_tokens)
         stats = stats or Stats()
         limits = [min(max_new_tokens, self.length - len(prompt)) for prompt in prompts]
-        rounds = self.rounds(prompts, limits, eos_id, seed, stats, stop)
+        ends = [functools.partial(until_end, limit=limit, eos_id=eos_id, stop=stop)
+                for limit in limits]
+        rounds = self.rounds(prompts, ends, seed, stats)
         while outcome := stats.timed("seconds", next, rounds, None):
             stats.count(outcome)
             yield outcome
 
     @torch.inference_mode()
-    def rounds(self, prompts, limits, eos_id, seed, stats, stop) -> Iterator[Round]:
+    def rounds(self, prompts, ends, seed, stats) -> Iterator[Round]:
         generators = [torch.Generator().manual_seed(seed + b) for b in range(len(prompts))]
         new, running = [[] for _ in prompts], set(range(len(prompts)))
         G = FIRST_GAMMA if self.gamma == "auto" else self.gamma
@@ -414,10 +409,9 @@ class Decoder:
             if self.gamma == "auto":                    # a batch goes by its median row
                 G = next_gamma(G, statistics.median_low(outcome.accepted[b] for b in running))
             for b, tokens in enumerate(outcome.tokens):
-                kept, ended = until_end(new[b], tokens, limits[b], eos_id, stop)
-                outcome.tokens[b] = kept if b in running else []
+                outcome.tokens[b], ended = ends[b](new[b], tokens) if b in running else ([], False)
                 new[b] += outcome.tokens[b]
-                if ended and b in running:
+                if ended:
                     running.remove(b)
                     self.active[b] = 0
                     for cache in self.caches:
@@ -426,24 +420,21 @@ class Decoder:
 
 
 def to_host(verdict: Verdict) -> Round:
-    """The one transfer of a round, because the host has to wait for it: one tensor of float64,
-    which holds whole numbers exactly up to 2^53."""
-    parts = verdict._replace(n=verdict.n[:, None])
-    table = torch.cat([part.double() for part in parts], 1).cpu()
-    drafted, tokens, n, overlap = table.split([part.shape[1] for part in parts], 1)
-    accepted = n[:, 0].long().tolist()
-    tokens = [row[:k + 1] for row, k in zip(tokens.long().tolist(), accepted)]
-    return Round(tokens, accepted, drafted.long().tolist(), overlap.tolist())
+    """The one transfer of a round: all that the host has to know, in one tensor."""
+    G = verdict.drafted.shape[1]
+    table = torch.cat((verdict.n[:, None], verdict.drafted, verdict.tokens), 1).tolist()
+    return Round(tokens=[row[G + 1:G + 2 + row[0]] for row in table],
+                 accepted=[row[0] for row in table], drafted=[row[1:G + 1] for row in table])
 
 
 def complete(target: Transformer, prompts: list[list[int]], max_new_tokens: int, eos_id=None,
-             seed: int = 0, stats=None, stop=None, **settings) -> list[list[int]]:
+             seed=0, stats=None, stop=None, **settings) -> list[list[int]]:
     """The new tokens of each prompt, all in one batch; settings as for Decoder."""
-    length = max(map(len, prompts), default=0) + max(max_new_tokens, 1)
+    length, new = max(map(len, prompts), default=0) + max(max_new_tokens, 1), [[] for _ in prompts]
     decoder = Decoder(target, batch=len(prompts), length=length, **settings)
-    new = [[] for _ in prompts]
     for outcome in decoder.generate(prompts, max_new_tokens, eos_id, seed, stats, stop):
-        new = [row + tokens for row, tokens in zip(new, outcome.tokens)]
+        for row, tokens in zip(new, outcome.tokens):
+            row += tokens
     return new
 
 
@@ -503,7 +494,7 @@ class FewRowsLinear(nn.Module):
 
     def __init__(self, *linears: Linear, norm: RMSNorm | None = None):
         super().__init__()
-        self.norm, self.sizes = norm, [len(linear.weight) for linear in linears]
+        self.norm = norm
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self.packed = weight.device.type == "cpu" and can_pack(weight.dtype)
         if self.packed:
@@ -534,31 +525,30 @@ class FewRowsLinear(nn.Module):
 
 
 class Part(nn.Module):
-    """One of the outputs of a FewRowsLinear, in the place of the matrix that it comes from."""
+    """Some columns of what a FewRowsLinear returns, in the place of the matrix that made them."""
 
-    def __init__(self, start: int, end: int):
+    def __init__(self, columns: slice):
         super().__init__()
-        self.start, self.end = start, end
+        self.columns = columns
 
     def forward(self, y: Tensor) -> Tensor:
-        return y[..., self.start:self.end]
+        return y[..., self.columns]
 
 
 def join(layer: nn.Module, norm: str, owner: nn.Module, *names: str) -> None:
-    """One product for the norm of that name and the matrices that read it."""
-    linears, start = [getattr(owner, name) for name in names], 0
+    """Put the product of all matrices that read a norm into that norm's place."""
+    linears, end = [getattr(owner, name) for name in names], 0
     setattr(layer, norm, FewRowsLinear(*linears, norm=getattr(layer, norm)))
     for name, linear in zip(names, linears):
-        end = start + len(linear.weight)
-        setattr(owner, name, Part(start, end))
-        start = end
+        start, end = end, end + len(linear.weight)
+        setattr(owner, name, Part(slice(start, end)))
 
 
 @torch.no_grad()
 def prepare_for_decoding(model: Transformer) -> Transformer:
-    """Give a model, in place, matrices that are fast for few rows. Its layers compute the same, but
-    with the products in the place of the norms before them: q_proj takes its part out of what
-    input_layernorm returns. It neither trains nor saves any more."""
+    """Give a model, in place, products that are fast for few rows. Its layers compute the same:
+    input_layernorm now returns all of q, k and v, and q_proj takes its part out of that. It neither
+    trains nor saves any more."""
     if isinstance(model.lm_head, FewRowsLinear):
         return model                        # it was prepared before
     model.requires_grad_(False)
@@ -616,45 +606,29 @@ def record(decoder: Decoder) -> bool:
     decoder, so a recording can be replayed as it is. It must give the tokens of the steps it was
     made from. If it does not, or if there is no compiler, the decoder stays as it was.
     """
-    decoder.read([[1, 0, 1]] * len(decoder.active))
-    state = [decoder.last_two, *(cache.position for cache in decoder.caches)]
-    saved = [tensor.clone() for tensor in state]
-
-    def run(step: Callable, *args):
-        """From the same state each time."""
-        for tensor, value in zip(state, saved):
-            tensor.copy_(value)
-        return step(*args)
+    def run(step: Callable, argument):
+        decoder.read([[1, 0, 1]] * len(decoder.active))         # from the same state each time
+        return step(argument)
 
     def recorded(step: Callable, argument) -> Callable:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):     # compiles, and lets libraries allocate
+        for _ in range(2):                      # compiles, and lets libraries allocate
             run(step, argument)
-            run(step, argument)
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):       # records without running
+        with torch.cuda.graph(graph):           # records without running
             output = step(argument)
         return lambda _: graph.replay() or output
 
-    G, eager = decoder.gamma, (decoder.run_propose, decoder.run_decide)
+    G, propose, decide = decoder.gamma, decoder.run_propose, decoder.run_decide
     try:
-        decoder.target, *decoder_draft = map(Compiled, decoder.models)
-        decoder.draft = decoder_draft[0] if G else None
-        propose = recorded(eager[0], G) if G else eager[0]
-        decide = recorded(eager[1], propose(G))
-        # Both start from the same state
-        verdicts = [Verdict(*(part.clone() for part in run(lambda: b(a(G)))))
-                    for a, b in ((propose, decide), eager)]
-        if not all(map(torch.equal, *(verdict[:3] for verdict in verdicts))):
+        decoder.fast = [Compiled(model) for model in decoder.models]
+        fast_propose = recorded(propose, G) if G else propose
+        fast_decide = recorded(decide, run(fast_propose, G))
+        if (to_host(fast_decide(run(fast_propose, G))) != to_host(decide(run(propose, G)))):
             raise RuntimeError("a replayed round gave other tokens")
-        decoder.run_propose, decoder.run_decide = propose, decide
+        decoder.run_propose, decoder.run_decide = fast_propose, fast_decide
         return True
-    except Exception as error:              # compilers and drivers have errors of their own
-        decoder.target, *decoder_draft = decoder.models
-        decoder.draft = decoder_draft[0] if G else None
-        reason = " ".join(str(error).split())
+    except Exception as error:                  # compilers and drivers have errors of their own
+        decoder.fast, reason = decoder.models, " ".join(str(error).split())
         print(f"graphs are off, they do not work here: {reason:.200}", file=sys.stderr)
         return False
 
@@ -703,9 +677,8 @@ def held_out_prompts(folder: str | Path, tokenizer: Tokenizer, count: int,
         raise ValueError(f"{folder} was prepared with another tokenizer than the checkpoint has: "
                          "give --prompt, or --data of the checkpoint's own")
     tokens = corpus.tokens("code")[:2**20]
-    ends = (tokens == tokenizer.eos_id).nonzero()[0]            # documents are closed by EOS
-    for start, end in zip([0, *(ends + 1)], ends):
-        text = tokenizer.decode(tokens[start:end].tolist())
+    for document in np.split(tokens, (tokens == tokenizer.eos_id).nonzero()[0]):
+        text = tokenizer.decode(document.tolist())
         heads = [match.end() for match in re.finditer(r"^ *def \w+\(.*\):\n", text, re.M)]
         if heads:
             prompts.append(tokenizer.encode(text[:heads[len(heads) // 2]])[-length:])
@@ -724,13 +697,15 @@ def show(rounds: Iterator[Round], tokenizer: Tokenizer, verbose: bool) -> Iterat
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     green, black = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for outcome in rounds:
-        tokens, n, drafted, _ = (rows[0] for rows in outcome)
-        parts = [tokens[:n], drafted[n:] if len(tokens) > n else [], tokens[n:]]
+        tokens, n, drafted = (rows[0] for rows in outcome)
         if verbose:
-            accepted, rejected, own = (list(map(tokenizer.decode, zip(part))) for part in parts)
+            rejected = drafted[n:] if len(tokens) > n else []
+            accepted, rejected, own = ([tokenizer.decode([token]) for token in part]
+                                       for part in (tokens[:n], rejected, tokens[n:]))
             print(f"accepted {accepted} rejected {rejected} then {own}")
         else:
-            accepted, _, own = (decode(tokenizer.decode_bytes(part)) for part in parts)
+            accepted, own = (decode(tokenizer.decode_bytes(part))
+                             for part in (tokens[:n], tokens[n:]))
             print(f"{green}{accepted}{black}{own}", end="", flush=True)
         yield outcome
     print(decode(b"", final=True))
@@ -758,34 +733,34 @@ def figures(plain: Stats, fast: Stats) -> dict:
     gamma = fast.drafted / fast.rounds
     draft_cost = fast.drafting / fast.drafted / step
     verify_cost = (fast.seconds - fast.reading - fast.drafting) / fast.rounds / step
-    predicted = predicted_speedup(fast.alpha_overlap, round(gamma), draft_cost, verify_cost,
-                                  plain.emitted, plain.reading / step, fast.reading / step)
     return {
         "plain_tokens_per_s": plain.tokens_per_s, "speculative_tokens_per_s": fast.tokens_per_s,
-        "speedup": fast.tokens_per_s / plain.tokens_per_s, "predicted_speedup": predicted,
+        "speedup": fast.tokens_per_s / plain.tokens_per_s,
+        "predicted_speedup": predicted_speedup(fast.alpha, round(gamma), draft_cost, verify_cost,
+                                               plain.emitted, plain.reading / step,
+                                               fast.reading / step),
         "draft_cost": draft_cost, "verify_cost": verify_cost, "alpha": fast.alpha,
-        "alpha_overlap": fast.alpha_overlap, "accepted_per_drafted": fast.accepted_per_drafted,
-        "tested_at": fast.tested_at, "accepted_at": fast.accepted_at, "mean_gamma": gamma,
+        "accepted_per_drafted": fast.accepted_per_drafted, "mean_gamma": gamma,
+        "tested_at": fast.tested_at, "accepted_at": fast.accepted_at,
         "tokens_per_round": fast.tokens_per_round, "tokens": fast.emitted}
 
 
-def print_table(title: str, f: dict) -> None:
+def print_table(f: dict) -> None:
+    mode = f"temperature {f['temperature']}" if f["temperature"] else "greedy"
     agree = {True: "equal", False: "DIFFERENT", None: "not compared (sampled)"}[f["greedy_match"]]
-    mean = f" (mean {f['mean_gamma']:.1f})" if f["gamma"] == "auto" else ""
     positions = [f"{a / t:.2f} of {t}" for a, t in zip(f["accepted_at"], f["tested_at"]) if t]
-    rows = [("plain decoding", f"{f['plain_tokens_per_s']:.1f} tokens/s"),
-            ("speculative decoding", f"{f['speculative_tokens_per_s']:.1f} tokens/s"),
-            ("speed-up", f"{f['speedup']:.2f}x (predicted {f['predicted_speedup']:.2f}x: a guess "
-                         f"costs {f['draft_cost']:.3f}, verifying {f['verify_cost']:.2f} steps)"),
-            ("accepted / drafted", f"{f['accepted_per_drafted']:.3f}, gamma {f['gamma']}{mean}"),
-            ("alpha (accepted / tested)", f"{f['alpha']:.3f}; by sum min(p, q) "
-                                          f"{f['alpha_overlap']:.3f}"),
-            ("acceptance by position", ", ".join(positions)),
-            ("tokens a round", f"{f['tokens_per_round']:.2f}"),
-            ("outputs", agree)]
-    print(f"\n{title}, {f['prompts']} prompts, {f['tokens']} tokens")
-    for name, value in rows:
-        print(f"  {name:26} {value}")
+    print(f"""
+{mode}, {f["dtype"]}, {f["device"]}, {f["prompts"]} prompts, {f["tokens"]} tokens
+  plain decoding             {f["plain_tokens_per_s"]:.1f} tokens/s
+  speculative decoding       {f["speculative_tokens_per_s"]:.1f} tokens/s
+  speed-up                   {f["speedup"]:.2f}x (predicted {f["predicted_speedup"]:.2f}x: a guess \
+costs {f["draft_cost"]:.3f}, verifying {f["verify_cost"]:.2f} steps)
+  accepted / drafted         {f["accepted_per_drafted"]:.3f} with gamma {f["gamma"]} \
+(mean {f["mean_gamma"]:.1f})
+  alpha (accepted / tested)  {f["alpha"]:.3f}
+  acceptance by position     {", ".join(positions)}
+  tokens a round             {f["tokens_per_round"]:.2f}
+  outputs                    {agree}""")
 
 
 FLAGS = (       # name, default, help
@@ -797,7 +772,6 @@ FLAGS = (       # name, default, help
     ("--top-k", 0, "0: off"),
     ("--top-p", 1.0, "1: off"),
     ("--seed", 0, "default: %(default)s"),
-    ("--device", "", "cpu or cuda (also ROCm); default: the best there is"),
     ("--json", "", "file to write the figures to"))
 
 
@@ -809,6 +783,7 @@ def main(argv: list[str] | None = None) -> None:
     texts.add_argument("--prompt-file", help="file with the text to continue")
     for name, default, text in FLAGS:
         add(name, default=default, type=type(default), help=text)
+    add("--device", help="cpu or cuda (also ROCm); default: the best there is")
     add("--temperature", type=float, help="default: greedy, and 0.8 as well without --prompt")
     add("--stop", action="append", default=[], help="string that ends the text; can be repeated")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
@@ -824,14 +799,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.gamma != "auto" and not args.gamma.isdecimal():
-        raise ValueError(f"--gamma is {args.gamma!r}: expected a number or auto")
     if "" in args.stop:
         raise ValueError("--stop is empty, which every text contains: give a string to stop at")
-    gamma = args.gamma if args.gamma == "auto" else int(args.gamma)
     path = args.json and check_writable(args.json)
     text = read_text(args.prompt_file) if args.prompt_file else args.prompt
-    device = resolve_device(args.device or None)
+    gamma = int(args.gamma) if args.gamma.isdecimal() else args.gamma
+    device = resolve_device(args.device)
     target, draft, tokenizer = load_pair(args.target, args.draft, device,
                                          getattr(torch, args.dtype))
     prompts = (held_out_prompts(args.data, tokenizer, 16, 64) if text is None
@@ -844,21 +817,20 @@ def run(args: argparse.Namespace) -> None:
         return show(rounds, tokenizer, args.verbose)
 
     def stop(new: list[int]) -> bool:
-        return any(string.encode() in tokenizer.decode_bytes(new) for string in args.stop)
+        text = tokenizer.decode_bytes(new)
+        return any(string.encode() in text for string in args.stop)
 
-    sampled = [0.8] if text is None else []
-    for temperature in [0.0, *sampled] if args.temperature is None else [args.temperature]:
+    both = [0.0, 0.8] if text is None else [0.0]
+    for temperature in both if args.temperature is None else [args.temperature]:
         settings = {"temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
         decoders = [Decoder(target, helper, gamma, length=length, graphs=args.graphs, **settings)
                     for helper in (None, draft)]
         stats, texts = compare(decoders, prompts, args.max_new_tokens, args.seed,
-                               None if results else view, eos_id=tokenizer.eos_id,
-                               stop=stop if args.stop else None)
+                               None if results else view, eos_id=tokenizer.eos_id, stop=stop)
         row = figures(*stats) | settings | {
             "gamma": gamma, "prompts": len(prompts), "seed": args.seed, "dtype": args.dtype,
             "device": str(device), "greedy_match": None if temperature else texts[0] == texts[1]}
-        print_table(f"{'sampled at' if temperature else 'greedy,'} temperature {temperature}, "
-                    f"{args.dtype}, {device}", row)
+        print_table(row)
         results = results | {"sampled": row} if results else row
     if path:
         write_whole(path, [json.dumps(results, indent=2).encode() + b"\n"])

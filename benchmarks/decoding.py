@@ -53,16 +53,16 @@ def embed_in(model: Transformer, shape: ModelConfig) -> Transformer:
     With C = 768 channels in a width of W = 4096, the residual stream is the small model's in its
     first C channels and zero in the others:
 
-        embed_tokens, o_proj, down_proj     what writes into the stream writes zeros beyond C, and
-                                            zeros for the further heads and hidden channels
-        further layers                      o_proj and down_proj are zero: they add nothing
+        embed_tokens, o_proj, down_proj     new entries are zero: nothing is written beyond channel
+                                            C, and further heads and layers add nothing
         norms                               the mean square is over W instead of C channels, so C/W
                                             times as large. With eps times C/W, the norm's result is
-                                            sqrt(W/C) too large, so its weights get sqrt(C/W).
+                                            sqrt(W/C) too large, so its weights get sqrt(C/W). In
+                                            bfloat16 that rounds them again.
 
-    All other new entries multiply zeros, or make numbers that zeros multiply: they stay random, so
-    the arithmetic is that of any model. The size of a head stays (RoPE turns pairs of a head's
-    channels), so there are W / D heads, with as many query heads to a key head as before.
+    All other new entries multiply zeros, or make numbers that zeros multiply. They are random, so
+    that the arithmetic is that of any model. The size of a head stays, because RoPE turns pairs of
+    its channels: there are W / D heads, with as many query heads to a key head as before.
     """
     small, D = model.config, model.config.head_dim
     C, W = small.hidden_size, shape.hidden_size
@@ -266,7 +266,7 @@ def figures_of(way: Way, sampling: dict, first: Way, prompt: list[int], new: int
                map(list.__eq__, way.texts, compared.texts))}
     if way.decoder is None or not way.gamma:
         return row
-    row |= {"accepted_per_drafted": stats.accepted_per_drafted, "alpha": stats.alpha_overlap,
+    row |= {"accepted_per_drafted": stats.accepted_per_drafted, "alpha": stats.alpha,
             "tokens_per_round": stats.tokens_per_round, "mean_gamma": stats.drafted / stats.rounds}
     if way.gamma != "auto":
         costs = step_costs(plain.decoder, way.decoder, prompt, way.gamma) | {
@@ -275,7 +275,7 @@ def figures_of(way: Way, sampling: dict, first: Way, prompt: list[int], new: int
         token, drafts, verify, read_plain, read = (part / costs["token_s"]
                                                    for part in costs.values())
         row |= costs | {"graphs": way.decoder.graphs, "predicted_speedup": predicted_speedup(
-            stats.alpha_overlap, way.gamma, drafts / way.gamma, verify, new, read_plain, read)}
+            stats.alpha, way.gamma, drafts / way.gamma, verify, new, read_plain, read)}
     return row
 
 
@@ -370,8 +370,7 @@ def run(args: argparse.Namespace) -> None:
                              "least 1")
     path = args.json and check_writable(args.json)
     device, dtype = resolve_device(args.device), getattr(torch, args.dtype)
-    new = args.max_new_tokens
-    prompts = open_prompts(args)
+    prompts, new = open_prompts(args), args.max_new_tokens
     target = load(args.target, device, dtype, args.embed_in)
     drafts = {name: load(name, device, dtype) for name in args.draft}
     length, context = max(map(len, prompts)) + new, target.config.max_position_embeddings

@@ -1,37 +1,37 @@
-"""How fast is a training step? train.py's, beside two others, and beside things that might help.
+"""How fast is a training step? train.py's own loop, beside two others, on one machine in one call.
 
 Each row trains the same shape on the same random tokens, in bf16 over float32 weights, with fused
-AdamW and clipping, and is measured alone: tokens/s, MFU, peak memory. `transformers` is
-LlamaForCausalLM with its own loss (extra `peers`); `plain` is a step of llama2.c's shape: float32
-residual stream, interleaved RoPE, one optimizer call on gradients that autograd allocates. The rows
-after them change one thing of train.py's step; the prediction, written before the measurement,
-stands in the table.
+AdamW and clipping, and is measured alone: tokens/s, MFU, peak memory. `ours` is train.train(), with
+its logs. `transformers` is LlamaForCausalLM with its own loss (extra `peers`); `plain` is a step of
+llama2.c's shape: float32 residual stream, interleaved RoPE, one optimizer call on gradients that
+autograd allocates. The rows after them change one thing of ours.
 
     python benchmarks/training.py                                   # amd-135m on one GPU
     python benchmarks/training.py --variants ours,transformers --preset demo-target --block 128 \\
-        --micro-batch 16 --steps 5 --eager                          # the demo's shape on a CPU
+        --micro-batch 16 --steps 8 --eager                          # the demo's shape on a CPU
     torchrun --nproc-per-node 2 benchmarks/training.py --variants ours
-    python benchmarks/training.py --agree out/data --micro-batch 8  # fp32 beside bf16, 200 steps
 """
 import argparse
 import gc
+import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
-from model import PRESETS, ModelConfig, Transformer
-from train import (RECIPES, Processes, TrainConfig, Trainer, arithmetic,
-                   flops_per_token, head_loss, keep_freed_memory, loss_of, peak_flops)
+import train
+from model import PRESETS, ModelConfig
+from train import AMD, TrainConfig, arithmetic, peak_flops, say, world
 
 
 # ------------------------------------------------------------- llama2.c's shape, written plainly
@@ -88,265 +88,163 @@ class Plain(nn.Module):
         return self.output(self.blocks[0].norm(x, self.weight))
 
 
-def usual_step(module: nn.Module, loss: Callable, config: TrainConfig) -> Callable:
+# ------------------------------------------------------------------- train.py's loop, and variants
+
+class RandomTokens:
+    """Stands for data.Corpus and data.Loader: the same random rows at each step."""
+    sources, blocks_per_epoch = [], 1
+
+    def __init__(self, config: TrainConfig):
+        shape, generator = PRESETS[config.preset], torch.Generator().manual_seed(train.rank())
+        self.tokenizer = SimpleNamespace(n_vocab=shape.vocab_size, bos_id=shape.bos_token_id,
+                                         eos_id=shape.eos_token_id)
+        self.rows = torch.randint(shape.vocab_size, (config.rows // world(), config.block + 1),
+                                  generator=generator)
+
+    def batch(self, *_):
+        return self.rows.numpy()
+
+
+def ours(config: TrainConfig, device: torch.device, tokens: RandomTokens, whole: bool = False):
+    """tokens/s of train.train() as it logs it, in each quarter of the steps."""
+    train.data.Corpus = train.data.Loader = lambda *_: tokens
+    train.bits_per_byte = train.say = lambda *_: None          # no log between the table's rows
+    with tempfile.TemporaryDirectory() as folder:
+        run = train.Run(replace(config, out=folder, compile=config.compile and not whole), device,
+                        False)
+        if whole and config.compile:            # RoPE's angles in the same graph as the layers
+            run.model.hidden = torch.compile(run.model.hidden)
+            run.head_loss = torch.compile(train.head_loss)
+        run.save, run.metrics = lambda step: None, Path(folder) / "metrics.jsonl"
+        train.train(run)
+        train.barrier()
+        lines = [json.loads(line) for line in run.metrics.open()] if train.rank() == 0 else []
+    return [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
+
+
+def usual(module: nn.Module, loss: Callable, config: TrainConfig, device: torch.device,
+          tokens: RandomTokens) -> list[float]:
     """The step that most scripts have: gradients of autograd's own, clip_grad_norm_, zero_grad."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, betas=(0.9, 0.95),
                                   weight_decay=0.1, fused=True)
     loss = torch.compile(loss) if config.compile else loss
-
-    def step(batch: Tensor) -> None:
-        with arithmetic(config, batch.device):
+    batch, rates, since = tokens.rows.to(device), [], None
+    for step in range(config.steps):
+        with arithmetic(config, device):
             value = loss(module, batch)
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step
+        if step == 0 or (step + 1) % config.log_every == 0:
+            value.item()                        # waits for the device
+            if since:
+                rates.append(config.log_every * config.batch_tokens / (time.perf_counter() - since))
+            since = time.perf_counter()
+    return rates
 
 
-def plain(config: TrainConfig, processes: Processes) -> Callable:
+def plain(config: TrainConfig, device: torch.device, tokens: RandomTokens) -> list[float]:
     def loss(module: nn.Module, batch: Tensor) -> Tensor:
         logits = module(batch[:, :-1])
         return F.cross_entropy(logits.view(-1, logits.size(-1)), batch[:, 1:].reshape(-1))
-    return usual_step(Plain(PRESETS[config.preset]).to(processes.device), loss, config)
+    return usual(Plain(PRESETS[config.preset]).to(device), loss, config, device, tokens)
 
 
-def transformers(config: TrainConfig, processes: Processes, own_loss: bool = True) -> Callable:
+def transformers(config: TrainConfig, device: torch.device, tokens: RandomTokens,
+                 own_loss: bool = True) -> list[float]:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise ValueError("transformers is not installed: pip install -e '.[peers]', or leave it "
                          "out with --variants") from None
-    module = LlamaForCausalLM(LlamaConfig(
-        **asdict(PRESETS[config.preset]), use_cache=False,
-        attn_implementation="sdpa")).to(processes.device)
+    module = LlamaForCausalLM(LlamaConfig(**asdict(PRESETS[config.preset]), use_cache=False,
+                                          attn_implementation="sdpa")).to(device)
 
     def loss(module: nn.Module, batch: Tensor) -> Tensor:
         if own_loss:                    # as its documentation has it: it shifts the labels itself
             return module(input_ids=batch[:, :-1], labels=batch[:, :-1]).loss
         logits = module(input_ids=batch[:, :-1]).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    return usual_step(module, loss, config)
+    return usual(module, loss, config, device, tokens)
 
 
-# -------------------------------------------------------------------- train.py's step, and variants
-
-def ours(config: TrainConfig, processes: Processes, head_loss: Callable | None = None) -> Callable:
-    model = Transformer(PRESETS[config.preset]).to(processes.device)
-    trainer = Trainer(model, config, processes)
-    trainer.head_loss = head_loss or trainer.head_loss
-    return lambda batch: trainer.step(batch, 1e-4)
-
-
-def compiled(config: TrainConfig, processes: Processes, *methods: str, **options) -> Callable:
-    """Our step with other parts compiled: the named methods, or with "layer" each layer alone."""
-    model = Transformer(PRESETS[config.preset]).to(processes.device)
-    trainer = Trainer(model, replace(config, compile=False), processes)
-    if config.compile:
-        for name in methods:
-            if name == "layer":
-                for module in (*model.model.layers, model.model.norm):
-                    module.compile(**options)
-            else:
-                setattr(model, name, torch.compile(getattr(model, name), **options))
-        trainer.head_loss = torch.compile(head_loss, **options)
-    return lambda batch: trainer.step(batch, 1e-4)
-
-
-def autograd_gradients(config: TrainConfig, processes: Processes) -> Callable:
-    model = Transformer(PRESETS[config.preset]).to(processes.device)
-    part = Trainer(model, config, processes).head_loss      # it compiles; its optimizer stays idle
-    model.zero_grad()
-    return usual_step(model, lambda module, batch: loss_of(module, batch, 0, part),
-                      replace(config, compile=False))
-
-
-class HeadLoss(torch.autograd.Function):
-    """head_loss() of hidden (N, C), whose forward pass already makes the gradients, chunk by chunk:
-    no logits are kept and none are made twice."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, part: Callable):
-        half, total = weight.to(hidden.dtype), torch.zeros((), device=hidden.device)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for h, t, d in zip(*(x.split(8192) for x in (hidden, targets, d_hidden))):
-            loss, slope = part(h, half, t)
-            total += loss
-            torch.mm(slope, half, out=d)
-            d_weight += slope.T @ h
-        ctx.save_for_backward(d_hidden, d_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, slope: Tensor):
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * slope.to(d_hidden.dtype), d_weight * slope, None, None
-
-
-def head_gradients(config: TrainConfig, processes: Processes) -> Callable:
-    def part(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = F.linear(hidden, weight).float().log_softmax(-1)            # (N, V)
-        hit = torch.arange(weight.shape[0], device=targets.device) == targets[:, None]
-        return -(log_p * hit).sum(), (log_p.exp() - hit.float()).to(hidden.dtype)
-    part = torch.compile(part) if config.compile else part
-
-    def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return HeadLoss.apply(hidden, head.weight, targets, part)
-    return ours(config, processes, head_loss)
-
-
-# name: (how to build the step, what was predicted of it beside `ours`, before it was measured)
 VARIANTS = {
-    "ours": (ours, ""),
-    "transformers": (transformers, "0.6x: float32 residual stream and logits"),
-    "transformers-flat": (lambda c, p: transformers(c, p, own_loss=False),
-                          "0.7x: our flattened loss on its logits"),
-    "plain": (plain, "0.94x: float32 residual stream"),
-    "whole-model": (lambda c, p: compiled(c, p, "hidden"),
-                    "0.94x: RoPE's cosines in each kernel, 0.23 ms for 0.07"),
-    "block-by-block": (lambda c, p: compiled(c, p, "enter", "layer"),
-                       "0.985x: no fusion across blocks, but half the start"),
-    "autograd-gradients": (autograd_gradients, "1.005x: no zeroing and adding of 0.5 GB"),
-    "head-gradients": (head_gradients, "1.00x, 6 GiB less: no logits kept, none made twice"),
-    "chunked-loss": (lambda c, p: ours(replace(c, loss_chunk=8192), p),
-                     "0.90x, 6 GiB less: the head's product is made twice"),
-    "half-rows": (lambda c, p: ours(replace(c, micro_batch=c.micro_batch // 2), p),
-                  "0.98x, half the memory: --micro-batch halved, in the same batch"),
-    "chunked-half-rows": (lambda c, p: ours(replace(
-        c, loss_chunk=8192, micro_batch=c.micro_batch // 2), p), "0.89x, half the memory"),
-    "quarter-rows": (lambda c, p: ours(replace(c, micro_batch=c.micro_batch // 4), p),
-                     "0.94x, a third of the memory"),
-    "coordinate-descent": (lambda c, p: compiled(c, p, "enter", "blocks", options={
-        "coordinate_descent_tuning": True}), "1.01x: better block sizes of pointwise kernels"),
-    "max-autotune": (lambda c, p: compiled(
-        c, p, "enter", "blocks", mode="max-autotune-no-cudagraphs"),
-                     "1.01x after minutes of compiling"),
+    "ours": ours,
+    "transformers": transformers,
+    "transformers-flat": lambda c, d, t: transformers(c, d, t, own_loss=False),    # our loss
+    "plain": plain,
+    "whole-model": lambda c, d, t: ours(c, d, t, whole=True),
+    "half-rows": lambda c, d, t: ours(replace(c, micro_batch=c.micro_batch // 2), d, t),
 }
 STANDARD = "ours,transformers,plain"
 
 
 # ----------------------------------------------------------------------------------- measuring
 
-def measure(name: str, config: TrainConfig, processes: Processes, steps: int) -> dict:
+def measure(name: str, config: TrainConfig, device: torch.device) -> dict:
     """Tokens/s over all processes and peak memory of one variant, or why there is none."""
-    device, cuda = processes.device, processes.device.type == "cuda"
-
-    def wait() -> None:
-        if cuda:
-            torch.cuda.synchronize(device)
+    cuda = device.type == "cuda"
     torch._dynamo.reset()
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    generator = torch.Generator().manual_seed(processes.rank)
-    batch = torch.randint(PRESETS[config.preset].vocab_size,
-                          (config.rows // processes.world, config.block + 1), generator=generator)
-    batch = batch.to(device)
+    began = time.perf_counter()
     try:
-        began = time.perf_counter()
-        step = VARIANTS[name][0](config, processes)
-        for _ in range(3):
-            step(batch)
-        wait()
-        ready, times = time.perf_counter() - began, []
-        for _ in range(4):              # the median of four groups: one slow moment does not count
-            began = time.perf_counter()
-            for _ in range(math.ceil(steps / 4)):
-                step(batch)
-            wait()
-            times.append((time.perf_counter() - began) / math.ceil(steps / 4))
+        rates = VARIANTS[name](config, device, RandomTokens(config))
     except Exception as error:          # a variant that fails is a row of the table too
-        return {"name": name, "error": (str(error) or repr(error)).splitlines()[0][:90]}
-    seconds = statistics.median(times)
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None
-    return {"name": name, "rate": config.batch_tokens / seconds, "memory": memory, "start": ready}
+        return {"error": (str(error) or repr(error)).splitlines()[0][:90]}
+    # The median: one slow moment does not count.
+    return {"rate": statistics.median(rates or [math.nan]), "seconds": time.perf_counter() - began,
+            "memory": torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0.0}
 
 
-def table(config: TrainConfig, processes: Processes, names: list[str], steps: int) -> None:
-    shape, peak = PRESETS[config.preset], peak_flops(processes.device)
-    per_token = flops_per_token(shape, config.block)
-    device = (torch.cuda.get_device_name(processes.device) if peak or
-              processes.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads")
-    processes.say(
-        f"{config.preset}, {config.micro_batch} x {config.block} tokens on each of "
-        f"{processes.world} x {device}, torch {torch.__version__}, "
-        f"{'compiled' if config.compile else 'eager'}\n"
+def table(config: TrainConfig, device: torch.device, names: list[str]) -> None:
+    peak, cuda = peak_flops(device), device.type == "cuda"
+    with torch.device("meta"):
+        per_token = train.flops_per_token(train.Transformer(PRESETS[config.preset]), config.block)
+    name = (torch.cuda.get_device_name(device) if cuda else
+            f"CPU, {torch.get_num_threads()} threads")
+    say(f"{config.preset}, {config.micro_batch} x {config.block} tokens on each of {world()} x "
+        f"{name}, torch {torch.__version__}, {'compiled' if config.compile else 'eager'}\n"
         f"| step | tokens/s | beside {names[0]} | {'MFU' if peak else 'TFLOP/s'} | peak GiB | "
-        "start s | predicted |\n|---|---:|---:|---:|---:|---:|---|")
+        "seconds in all |\n|---|---:|---:|---:|---:|---:|")
     base = None
     for name in names:
-        row = measure(name, config, processes, steps)
+        row = measure(name, config, device)
         if "error" in row:
-            processes.say(f"| {name} | failed: {row['error']} | | | | | {VARIANTS[name][1]} |")
+            say(f"| {name} | failed: {row['error']} | | | | |")
             continue
-        base = base or (row["rate"] if name == names[0] else math.nan)
-        flops = row["rate"] / processes.world * per_token
-        processes.say(
-            f"| {name} | {row['rate']:,.0f} | {row['rate'] / base:.3f} | "
+        base, flops = base or row["rate"], row["rate"] / world() * per_token
+        say(f"| {name} | {row['rate']:,.0f} | {row['rate'] / base:.3f} | "
             + (f"{flops / peak:.1%}" if peak else f"{flops / 1e12:.3f}")
-            + f" | {row['memory'] or 0:.1f} | {row['start']:.0f} | {VARIANTS[name][1]} |")
-
-
-def agree(folder: str, config: TrainConfig, processes: Processes, steps: int = 200) -> None:
-    """The same steps on real text in float32, eager, and in bf16, compiled: both losses."""
-    corpus, curves = data.Corpus(folder), {}
-    loader = data.Loader(corpus, config.block, config.rows, seed=0)
-    for precision in ("fp32", "bf16"):
-        run = replace(config, precision=precision, compile=config.compile and precision == "bf16")
-        shape = PRESETS[config.preset]
-        if corpus.tokenizer.n_vocab > shape.vocab_size:
-            raise ValueError(f"{folder}: a tokenizer of {corpus.tokenizer.n_vocab} entries is too "
-                             f"large for {config.preset}")
-        trainer = Trainer(Transformer(shape).to(processes.device), run, processes)
-        losses = []
-        for step in range(steps):
-            batch = torch.from_numpy(loader.batch(step, processes.rank, processes.world))
-            trainer.step(batch.to(processes.device), 6e-4 * min(1, (step + 1) / 20))
-            losses.append(trainer.total.clone())            # the sum so far
-        curves[precision] = torch.stack(losses).diff(prepend=torch.zeros(
-            1, device=processes.device)).double().cpu()
-        del trainer
-    a, b = curves["fp32"], curves["bf16"]
-    processes.say("| steps | fp32 | bf16 | relative |\n|---|---:|---:|---:|")
-    for i in range(0, steps, 20):
-        x, y = a[i:i + 20].mean().item(), b[i:i + 20].mean().item()
-        processes.say(f"| {i + 1}-{i + 20} | {x:.4f} | {y:.4f} | {y / x - 1:+.2e} |")
-    processes.say(f"largest difference of one step: {(b / a - 1).abs().max():.2e}")
+            + f" | {row['memory']:.1f} | {row['seconds']:.0f} |")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How fast is a training step?")
     parser.add_argument("--preset", default="amd-135m", choices=PRESETS)
     parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--block", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=80, help="in four measured quarters")
     parser.add_argument("--device", default="")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--variants", default=STANDARD, metavar="A,B",
-                        help=f"default {STANDARD}; all; of {', '.join(VARIANTS)}")
-    parser.add_argument("--agree", metavar="DATA", help="compare the losses of fp32 and bf16 over "
-                                                        "200 steps on a data set folder instead")
+                        help=f"default {STANDARD}; of {', '.join(VARIANTS)}")
     args = parser.parse_args(argv)
     try:
-        names = list(VARIANTS) if args.variants == "all" else args.variants.split(",")
-        if args.steps < 1:
-            raise ValueError(f"--steps is {args.steps}: expected at least 1")
+        names = args.variants.split(",")
+        if args.steps < 8:
+            raise ValueError(f"--steps is {args.steps}: expected at least 8")
         if unknown := [name for name in names if name not in VARIANTS]:
             raise ValueError(f"there is no variant {', '.join(unknown)}: expected some of "
                              f"{', '.join(VARIANTS)}")
-        processes = Processes(args.device)
-        if processes.device.type == "cpu":
-            keep_freed_memory()                 # as train.py does; every row profits from it
-        config = replace(
-            RECIPES["amd-135m"][0], preset=args.preset, block=args.block,
-            micro_batch=args.micro_batch, compile=not args.eager,
-            batch_tokens=args.micro_batch * args.block * processes.world)
-        if args.agree:
-            agree(args.agree, config, processes)
-        else:
-            table(config, processes, names, args.steps)
+        quarter = args.steps // 4
+        table(replace(AMD, preset=args.preset, block=args.block, micro_batch=args.micro_batch,
+                      compile=not args.eager, steps=4 * quarter, log_every=quarter, warmup=0,
+                      val_every=10**9, batch_tokens=args.micro_batch * args.block * world()),
+              train.open_device(args.device), names)
     except (ValueError, OSError) as error:
         parser.exit(2, f"training.py: error: {error}\n")
     finally:

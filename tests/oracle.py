@@ -3,8 +3,8 @@
 Read it beside the papers. Nothing here is fast: where an equation has an index there is a loop, and
 nothing of the project is imported, so an error there cannot hide here. The tests hold the scripts
 against it; `test_oracle.py` holds it against itself and against PyTorch. In order: the Llama
-forward pass, sampling, speculative decoding with the proof by enumeration that it keeps the
-target's distribution, and what training needs.
+forward pass, sampling, speculative decoding (the rule, the whole routine without a cache, and the
+proof by enumeration that it keeps the target's distribution), and what training needs.
 
 Letters: T tokens, C width, H heads, K key/value heads, D head size, F hidden width of the SwiGLU,
 V vocabulary, G draft length (gamma). p is the target's distribution, q the draft's.
@@ -73,7 +73,7 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     return (z * sigmoid * (x @ up.T)) @ down.T  # (T, C)
 
 
-def block(x: Array, w: dict, config) -> Array:
+def decoder_layer(x: Array, w: dict, config) -> Array:
     """One layer on x (T, C): x + attention(norm(x)), then x + swiglu(norm(x)); w by local names."""
     T, C = x.shape
     D = C // config.num_attention_heads
@@ -99,7 +99,7 @@ def forward(weights: dict, config, tokens) -> Array:
     for i in range(config.num_hidden_layers):
         prefix = f"model.layers.{i}."
         layer = [name for name in weights if name.startswith(prefix)]
-        x = block(x, {name.removeprefix(prefix): weights[name] for name in layer}, config)
+        x = decoder_layer(x, {name.removeprefix(prefix): weights[name] for name in layer}, config)
     x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     return x @ weights[head].T  # (T, V)
@@ -175,6 +175,30 @@ def verify(p: Array, q: Array, drafted, u_accept, u_bonus: float) -> tuple[list[
         n += 1
     bonus = sample(residual(p[n], q[n]) if n < G else p[G], u_bonus)
     return [int(token) for token in drafted[:n]] + [bonus], n
+
+
+def speculative_decoding(target, draft, prompt, new_tokens: int, G: int, uniforms,
+                         temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> list[int]:
+    """The whole routine, for one row: `new_tokens` tokens that continue the prompt.
+
+    target and draft map tokens (T,) to logits (T, V); nothing is remembered between two calls.
+    uniforms(n) returns the next n random numbers: a round takes G to draw guesses with, G to accept
+    them with and one for the token of the target's own.
+    """
+    text = list(prompt)
+    while len(text) < len(prompt) + new_tokens:
+        u = uniforms(2 * G + 1)
+        drafted, q = [], []
+        for i in range(G):  # the draft continues its own guesses
+            logits = draft(text + drafted)[-1]
+            q.append(warp(logits, temperature, top_k, top_p))
+            drafted.append(sample(q[i], u[i]))
+        # Row t scores the token after tokens[: t + 1]: G + 1 rows, from the text's last on.
+        judged = target(text + drafted)[len(text) - 1:]
+        p = [warp(logits, temperature, top_k, top_p) for logits in judged]
+        tokens, n = verify(np.array(p), np.array(q), drafted, u[G : 2 * G], u[2 * G])
+        text += tokens
+    return text[len(prompt):][:new_tokens]
 
 
 def expected_tokens(alpha: float, G: int) -> float:

@@ -107,6 +107,37 @@ def test_a_perfect_draft_is_always_accepted_and_an_impossible_token_never():
     assert (tokens, n) == ([1], 0), "a token of target probability 0 came through at u = 0"
 
 
+@pytest.mark.parametrize("gamma", [1, 2, 4])
+def test_the_whole_routine_is_rounds_that_follow_one_another(gamma):
+    """With Markov chains as models: greedy text is the target's own, and sampled text comes from
+    the same uniforms as rounds of verify() by hand."""
+    rng = np.random.default_rng(gamma)
+    P, Q = toy_chain(rng, 5), toy_chain(rng, 5)
+
+    def target(tokens):
+        return np.log(P[tokens])
+
+    def draft(tokens):
+        return np.log(Q[tokens])
+
+    text = [3]
+    for _ in range(12):
+        text.append(int(P[text[-1]].argmax()))
+    greedy = oracle.speculative_decoding(target, draft, [3], 12, gamma, rng.random)
+    assert greedy == text[1:], "greedy speculative text is not the target's greedy text"
+    u = rng.random((99, 2 * gamma + 1))
+    want = [3]
+    for row in u:
+        drafted = []
+        for i in range(gamma):
+            drafted.append(oracle.sample(Q[(want + drafted)[-1]], row[i]))
+        context = [want[-1], *drafted]
+        want += oracle.verify(P[context], Q[context[:-1]], drafted, row[gamma:-1], row[-1])[0]
+    rows = iter(u)
+    got = oracle.speculative_decoding(target, draft, [3], 20, gamma, lambda n: next(rows), 1.0)
+    assert got == want[1:21], "a round does not go on where the one before it ended"
+
+
 def test_expected_tokens_is_the_mean_length_of_a_round():
     P, Q = np.tile([0.5, 0.3, 0.2], (3, 1)), np.tile([0.2, 0.2, 0.6], (3, 1))  # alpha is constant
     alpha = np.minimum(P[0], Q[0]).sum()
