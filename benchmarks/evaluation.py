@@ -7,7 +7,6 @@ HFLM over transformers (extra `peers`), at the batch size that is given.
     python benchmarks/evaluation.py CHECKPOINT --data DIR --tasks sciq,piqa --batch-size 64
 """
 import argparse
-import itertools
 import os
 import sys
 import time
@@ -16,9 +15,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import build, encode, grade, positive, score
+from evaluate import encode, grade, positive, read_questions, score
 from model import resolve_device
-from speculative import load, synchronize
+from speculative import load
 
 
 def harness(folder: str, device: torch.device, dtype: str, batch_size: int):
@@ -35,8 +34,13 @@ def harness(folder: str, device: torch.device, dtype: str, batch_size: int):
         [Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
 
 
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time evaluate.py and lm-evaluation-harness on the same rows.")
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="folder with a folder of rows for each task")
     parser.add_argument("--tasks", default="sciq,winogrande,piqa,lambada_openai,arc_easy")
@@ -64,22 +68,24 @@ def run(args: argparse.Namespace) -> None:
         f"batches of {args.batch_size}\n| task | requests | harness s | ours s | ratio | largest "
         "difference of a log-likelihood | accuracies |\n|---|---:|---:|---:|---:|---:|---|")
     for name in args.tasks.split(","):
-        questions = build(Path(args.data), name, limit=args.limit)
+        questions = read_questions(Path(args.data), name)[:args.limit]
         pairs = [pair for question in questions for pair in question.requests]
         ours_best = theirs_best = float("inf")
         for repeat in range(args.repeats):
             began = time.perf_counter()
-            ours = score(model, [encode(x, tokenizer, False, max_len)[0] for x in questions])
+            ours = score(model, [request for question in questions
+                                 for request in encode(question, tokenizer, False, max_len)])
             synchronize(device)
             middle = time.perf_counter()
-            flat = iter(theirs(pairs))
+            other = theirs(pairs)
             synchronize(device)
             ours_best = min(ours_best, middle - began)
             theirs_best = min(theirs_best, time.perf_counter() - middle)
-        other = [[next(flat) for _ in question.requests] for question in questions]
-        apart = max(abs(a - b) for (a, _), (b, _) in zip(itertools.chain(*ours),
-                                                         itertools.chain(*other)))
-        scores = [grade(name, questions, result)[0]["acc"] for result in (ours, other)]
+        apart = max(abs(a - b) for (a, _), (b, _) in zip(ours, other))
+        scores = []
+        for results in map(iter, (ours, other)):
+            by_question = [[next(results) for _ in question.requests] for question in questions]
+            scores.append(grade(questions, by_question)[0]["acc"])
         print(f"| {name} | {len(pairs)} | {theirs_best:.2f} | {ours_best:.2f} | "
               f"{theirs_best / ours_best:.2f} | {apart:.1e} | "
               + (f"{scores[0]:.4f}, equal" if scores[0] == scores[1] else

@@ -1,333 +1,353 @@
-"""Claims about running what a model wrote (evaluate.py): right programs pass, no attack does.
+"""Claims about HumanEval in evaluate.py: the two protocols, from prompts to figures.
 
-Each attack defines f so that f() == 1 only if the attack got through; check() asserts that. None
-would do harm if it did get through: what kills only asks whether it could, what floods is bounded.
+What runs the programs is tested in robustness/test_sandbox.py.
 """
-import array
-import fcntl
-import inspect
+import argparse
+import gzip
+import itertools
+import json
+import math
 import os
-import socket
-import subprocess
-import sys
-import termios
-import time
-import uuid
-from concurrent.futures import ThreadPoolExecutor
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import evaluate
+from data import train_bpe
+from evaluate import ONE_SHOT, amd_cut, completion, openai_cut, pass_at_k
+from model import save_checkpoint
+from speculative import Round, Stats
 
-CHECK = "def check(candidate):\n    assert candidate() == 1\n"
-RIGHT = "def f():\n    return 1\n"
-CAGED = evaluate.run_program(RIGHT, CHECK, "f") == (True, True)
-needs_cage = pytest.mark.skipif(not CAGED, reason="this kernel gives no namespaces to us")
 needs_data = pytest.mark.skipif("EVAL_DATA" not in os.environ, reason="EVAL_DATA is not set: the "
                                 "folder with humaneval/HumanEval.jsonl.gz")
 
-# What fails with limits alone, too.
-ATTACKS = {
-    "exit(0) while it is defined": "import sys\nsys.exit(0)",
-    "exit(0) when it is called": "def f():\n    raise SystemExit(0)",
-    "os._exit(0)": "import os\ndef f():\n    os._exit(0)",
-    "os._exit(0) at once": "import os\nos._exit(0)",
-    "an infinite loop": "def f():\n    while True: pass",
-    "a long sleep": "import time\ndef f():\n    time.sleep(60)\n    return 1",
-    "endless recursion": "def f():\n    return f()",
-    "KeyboardInterrupt": "def f():\n    raise KeyboardInterrupt",
-    "8 GB of memory": "import mmap\ndef f():\n    mmap.mmap(-1, 8 << 30)\n    return 1",
-    "a printed 'passed'": "import os\nprint('passed', flush=True)\ndef f():\n"
-                          "    for fd in range(20):\n"
-                          "        try: os.write(fd, b'caged passed')\n"
-                          "        except OSError: pass",
-    "input() as the word": "def f():\n    print(input())",
-    "a file of 100 MB": "def f():\n    with open('big', 'wb') as file:\n"
-                        "        for _ in range(100): file.write(bytes(1 << 20))\n    return 1",
-    "a replaced check": "def f(): pass\ndef check(candidate): pass",
-    "a check replaced by a tracer": "import sys\ndef f(): pass\ndef trace(frame, event, arg):\n"
-                                    "    frame.f_globals['check'] = lambda f: None\n"
-                                    "    return trace\nsys._getframe().f_trace = trace\n"
-                                    "sys.settrace(trace)\nsys.setprofile(trace)",
-    "a check replaced as it is deleted": "class Swap:\n    def __del__(self):\n"
-                                         "        globals()['check'] = lambda f: None\n"
-                                         "check = Swap()\ndef f(): pass",
-    "tests swallowed by a string": "def f(): pass\ncheck = '''",
-    "the word looked for in memory": """
-import gc, os, re, sys
-def f():
-    frame, seen = sys._getframe(), []
-    while frame:
-        seen += [*frame.f_locals.values(), *frame.f_globals.values()]
-        frame = frame.f_back
-    for x in gc.get_objects():
-        if isinstance(x, (list, tuple)):
-            seen += x
-        elif isinstance(x, dict):
-            seen += x.values()
-    for word in {x for x in seen if isinstance(x, str) and re.fullmatch('[0-9a-f]{32}', x)}:
-        for fd in range(20):
-            try: os.write(fd, word.encode())
-            except OSError: pass
-""",
-}
-ATTACKS["everything open written to, without an end"] = """
-import os
-def f():
-    for fd in range(3, 64):
-        try:
-            for _ in range(100): os.write(fd, bytes(1 << 20))
-        except OSError: pass
-    return 1
-"""
-ATTACKS["its guard killed through their group"] = """
-import ctypes, os, posix, time
-ctypes.CDLL(None).prctl(1, 0)
-posix.kill(0, 9)
-os.closerange(0, 99)
-time.sleep(60)
-"""
-ATTACKS["its own guard killed"] = """
-import os, posix, time
-if os.getppid() > 1:
-    os.closerange(3, 99)
-    posix.kill(os.getppid(), 9)
-    time.sleep(60)
-"""
-# What needs the kernel's namespaces.
-CAGE_ATTACKS = {
-    "a fork bomb": "import os\ndef f():\n    for _ in range(9): os.fork()\n    return 1",
-    "a process that outlives it": "import os, time\nif os.fork() == 0:\n    os.setsid()\n"
-                                  "    time.sleep(60)\ndef f(): return 1",
-    "a program started": "import subprocess\ndef f():\n"
-                         "    return 1 + subprocess.run(['/usr/bin/true']).returncode",
-    "many files": "def f():\n    for i in range(100):\n"
-                  "        with open(str(i), 'wb') as file: file.write(bytes(1 << 20))\n"
-                  "    return 1",
-    "many empty files": "def f():\n    for i in range(5000): open(str(i), 'w').close()\n"
-                        "    return 1",
-    "a file elsewhere": "import os\ndef f():\n"
-                        "    for place in ('/tmp/', '/var/tmp/', '/dev/shm/', HERE):\n"
-                        "        try: open(place + 'MARKER', 'w'); return 1\n"
-                        "        except OSError: pass",
-    "the mounts made writable again": "import ctypes, os\ndef f():\n"
-                                      "    attr = (ctypes.c_uint64 * 4)(0, 1, 0, 0)\n"
-                                      "    libc = ctypes.CDLL(None)\n"
-                                      "    libc.syscall(442, -100, b'/', 0x8000, attr, 32)\n"
-                                      "    open(os.__file__, 'r+')\n    return 1",
-    "the parent's environment": "import os, glob\ndef f():\n    found = set(os.environ) - "
-                                "{'LC_CTYPE'}\n    for path in glob.glob('/proc/*/environ'):\n"
-                                "        try: found |= set(open(path, 'rb').read())\n"
-                                "        except OSError: pass\n    return int(bool(found))",
-    "every process killed": "import posix\ndef f():\n    posix.kill(-1, 0)\n    return 1",
-    "the parent killed": "import os\ndef f():\n    return int(os.getppid() > 1)",
-    "a thread": "import threading\ndef f():\n    threading.Thread(target=int).start()\n"
-                "    return 1",
-    "shared memory": "import ctypes\ndef f():\n"
-                     "    return int(ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0)",
-    "the mode of what is open": "import os\ndef f():\n    os.fchmod(0, 0o666)\n    return 1",
-    "room on the disk taken": "import os\ndef f():\n    for fd in range(3, 64):\n"
-                              "        try: os.posix_fallocate(fd, 0, 1 << 20); return 1\n"
-                              "        except OSError: pass",
-    "a namespace of its own": "import ctypes\ndef f():\n"
-                              "    return 1 + ctypes.CDLL(None).unshare(0x20000)",
-    "a look at the user's files": "import os\ndef f():\n    return int(any(map(os.path.exists, "
-                                  "('/etc', '/proc', '/dev', '/tmp', HERE))))",
-    "a file of Python's own": "import os\ndef f():\n    open(os.__file__, 'r+')\n    return 1",
-    "the root left by chroot": """
-import ctypes, os
-def f():
-    libc, root = ctypes.CDLL(None), os.open('/', os.O_RDONLY)
-    for flag in (0x10000000, 0x20000):
-        libc.unshare(flag)
-    libc.umount2(b'/', 2)
-    os.mkdir('/inner')
-    os.chroot('/inner')
-    os.fchdir(root)
-    for _ in range(30): os.chdir('..')
-    os.chroot('.')
-    return int(os.path.exists('/etc'))
-""",
-    "real root again": "import os\ndef f():\n    os.setresuid(0, 0, 0)\n    return 1",
-}
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """512 entries, learnt from this file."""
+    return train_bpe([Path(__file__).read_text()], 512)
 
 
-@pytest.fixture
-def survivors(monkeypatch):
-    """A function that lists the processes still there that this test has started."""
-    marker = uuid.uuid4().hex
-    source = inspect.getsource(evaluate.cage)
-    monkeypatch.setattr(evaluate, "CAGE", f"{source}\n# {marker}\ncage()")
+# -------------------------------------------------------------------------------- AMD's protocol
 
-    def look(times: int = 20) -> list[str]:
-        for _ in range(times):          # what was killed may take a moment to be gone
-            found = []
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                try:
-                    if marker.encode() + b"\ncage()" in path.read_bytes():
-                        found.append(path.parent.name)
-                except OSError:
-                    pass
-            if not found:
-                break
-            time.sleep(0.05)
-        return found
-    return look
+def test_the_one_shot_prefix_is_amds():
+    assert ONE_SHOT == (
+        "# python code to complete some task. # Create a function to calculate the sum of a sequence "
+        "of integers. [PYTHON]\ndef sum_sequence(sequence):\n  sum = 0\n  for num in sequence:\n"
+        "    sum += num\n  return sum \n[/PYTHON]\n#")
 
 
-def attack(program: str, survivors) -> None:
-    began = time.monotonic()
-    passed, _ = evaluate.run_program(program, CHECK, "f", seconds=2)
-    assert time.monotonic() - began < 6, "the cage's own clock, of 2 seconds, did not end it"
-    assert not passed, "the attack was counted as a right answer: look at evaluate.cage()"
-    assert not survivors(), "a process of the attack is still running: look at evaluate.cage()"
-    assert evaluate.run_program(RIGHT, CHECK, "f")[0], "after the attack a right program fails"
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_no_attack_passes(name, survivors):
-    attack(ATTACKS[name], survivors)
-
-
-@pytest.mark.parametrize("name", ["exit(0) when it is called", "os._exit(0)", "an infinite loop",
-                                  "8 GB of memory", "a printed 'passed'", "a file of 100 MB",
-                                  "its own guard killed", "a fork bomb", "a thread"])
-def test_no_attack_passes_where_the_kernel_gives_no_namespaces(name, survivors, monkeypatch):
-    monkeypatch.setattr(evaluate, "NAMESPACES", -1)
-    assert evaluate.run_program(RIGHT, CHECK, "f") == (True, False), \
-        "a run without namespaces must work and must say that it was not caged"
-    attack(ATTACKS[name] if name in ATTACKS else CAGE_ATTACKS[name], survivors)
-
-
-@needs_cage
-@pytest.mark.parametrize("name", CAGE_ATTACKS)
-def test_no_attack_leaves_the_cage(name, survivors):
-    marker = Path(f"/tmp/{uuid.uuid4().hex}")
-    program = CAGE_ATTACKS[name].replace("MARKER", marker.name)
-    attack(program.replace("HERE", repr(__file__)), survivors)
-    assert not marker.exists(), "the attack wrote outside its folder"
-
-
-@needs_cage
-def test_nothing_goes_on_when_the_evaluation_is_killed(survivors):
-    sleeper = "import ctypes, time\nctypes.CDLL(None).prctl(1, 0)\ntime.sleep(60)"
-    script = (f"import evaluate; evaluate.CAGE = {evaluate.CAGE!r}\n"
-              f"evaluate.run_program({sleeper!r}, {CHECK!r}, 'f', 60)")
-    evaluation = subprocess.Popen([sys.executable, "-c", script],
-                                  cwd=Path(evaluate.__file__).parent)
-    while len(survivors(1)) < 3:        # the guard, the first process of its namespace, the program
-        assert evaluation.poll() is None, "the evaluation ended by itself"
-        time.sleep(0.1)
-    evaluation.kill()
-    evaluation.wait()
-    assert not survivors(), "the program outlives the evaluation that started it"
-
-
-@needs_cage
-def test_no_attack_reaches_the_network(survivors):
-    server = socket.create_server(("127.0.0.1", 0))
-    server.settimeout(0.5)
-    port = server.getsockname()[1]
-    attack("import socket\ndef f():\n"
-           f"    socket.create_connection(('127.0.0.1', {port}), 1)\n    return 1", survivors)
-    with server, pytest.raises(TimeoutError):
-        server.accept()
-
-
-@needs_cage
-def test_no_attack_reaches_a_socket_of_this_machine(survivors):
-    path = f"/tmp/{uuid.uuid4().hex}"
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
-        server.listen()
-        attack("import socket\ndef f():\n    socket.socket(socket.AF_UNIX).connect("
-               f"{path!r})\n    return 1", survivors)
-    os.unlink(path)
-
-
-def test_a_program_that_could_not_be_started_is_not_counted_as_wrong(monkeypatch):
-    def start(command, *args, **settings):
-        if "rm" in command:
-            return popen(command, *args, **settings)
-        raise BlockingIOError("no more processes")
-    popen = subprocess.Popen
-    monkeypatch.setattr(evaluate.subprocess, "Popen", start)
-    with pytest.raises(BlockingIOError):
-        evaluate.run_program(RIGHT, CHECK, "f")
-
-
-def test_attacks_side_by_side_leave_no_files_behind(tmp_path, monkeypatch, survivors):
-    monkeypatch.setattr(evaluate.tempfile, "tempdir", str(tmp_path))
-    programs = [ATTACKS["a file of 100 MB"], ATTACKS["an infinite loop"], RIGHT, RIGHT]
-    with ThreadPoolExecutor(4) as pool:
-        verdicts = list(pool.map(lambda p: evaluate.run_program(p, CHECK, "f", 2)[0], programs))
-    assert verdicts == [False, False, True, True], "neighbours changed each other's verdicts"
-    assert not survivors() and not list(tmp_path.iterdir()), "something was left behind"
-
-
-def test_what_a_program_prints_does_not_reach_the_parent(monkeypatch):
-    class Recorder(subprocess.Popen):
-        def __init__(self, *args, stdout=None, **settings):
-            if stdout is not None:
-                answers.append(os.dup(stdout))
-            super().__init__(*args, stdout=stdout, **settings)
-
-        def communicate(self, *args, **settings):
-            said = super().communicate(*args, **settings)
-            sizes.append(array.array("i", [0]))
-            fcntl.ioctl(answers[0], termios.FIONREAD, sizes[-1])
-            return said
-
-    answers, sizes = [], []
-    monkeypatch.setattr(evaluate.subprocess, "Popen", Recorder)
-    loud = "import sys\ndef f():\n    print('x' * 10**7, flush=True)\n    return 1"
-    assert evaluate.run_program(loud, CHECK, "f") == (True, CAGED)
-    os.close(answers[0])
-    assert 0 < sizes[0][0] < 100, "a program's print reaches the evaluation"
-
-
-@pytest.mark.parametrize("program", [
-    "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-    "@dataclass\nclass P:\n    x: int\ndef f():\n    return P(1).x",
-    "import asyncio, collections, decimal, hashlib, heapq, itertools, json, math, random, re, "
-    "tempfile, typing\ndef f():\n    tempfile.TemporaryFile().write(b'x')\n    return 1",
-    "def f():\n    return 1 \\",
+@pytest.mark.parametrize("text, program", [
+    ("    return 1\n\n\ndef g():\n    pass", "    return 1"),
+    # The space that SentencePiece's decoding drops is made up for, in each line of odd indentation.
+    ("   if x:\n        return 1\n     return 2", "    if x:\n        return 1\n      return 2"),
+    ("\n\n    return 1\n\n", "    return 1"),
+    ("    a = 1\n   \n    return a", "    a = 1\n    \n    return a"),      # spaces: no blank line
+    ("    a = 1\n\n    return a", "    a = 1"),
+    ("\treturn 1", "\treturn 1"),
+    (" return 1\n# more", "  return 1\n# more"),
+    ("    return 1\n[/PYTHON]", "    return 1\n[/PYTHON]"),                   # nothing else ends it
+    ("", ""),
 ])
-def test_what_right_programs_need_is_there(program):
-    assert evaluate.run_program(program, CHECK, "f")[0]
+def test_amds_program_has_even_indentation_and_ends_at_a_blank_line(text, program):
+    assert amd_cut(text) == program
 
 
-def test_a_folder_of_any_depth_is_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(evaluate, "NAMESPACES", -1)
-    deep = "import os\nfor _ in range(2000):\n    os.mkdir('a')\n    os.chdir('a')\n" + RIGHT
-    assert evaluate.run_program(deep, CHECK, "f") == (True, False)
-    assert not list(tmp_path.iterdir())
+def as_amd_published_it(text: str) -> str:
+    """The loops of AMD's script, in its order: fix_indents, then filter_code."""
+    lines = []
+    for line in text.split("\n"):
+        while (len(line) - len(line.lstrip(" "))) % 2:
+            line = " " + line
+        lines.append(line)
+    return "\n".join(lines).lstrip("\n").split("\n\n")[0]
+
+
+def test_amds_cut_is_that_of_its_script_on_any_short_text():
+    for length in range(8):
+        for letters in itertools.product(" \nx", repeat=length):
+            text = "".join(letters)
+            assert amd_cut(text) == as_amd_published_it(text), repr(text)
+
+
+def test_amd_decodes_eos_as_text(tokenizer):
+    tokens = tokenizer.encode("    return 1")
+    assert completion(tokens, tokenizer, True) == "    return 1"
+    assert completion([*tokens, tokenizer.eos_id], tokenizer, True) == "    return 1</s>"
+    tokens = tokenizer.encode("    return 1\n\n")
+    assert completion([*tokens, tokenizer.eos_id], tokenizer, True) == "    return 1"
 
 
 @needs_data
-def test_every_canonical_solution_passes_and_every_empty_body_fails():
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
+def test_amds_cut_fails_34_of_the_164_canonical_solutions():
+    path = Path(os.environ["EVAL_DATA"]) / "humaneval" / "HumanEval.jsonl.gz"
+    solutions = evaluate.read_rows(path, lambda row: row["canonical_solution"], "")
     problems = evaluate.read_problems(os.environ["EVAL_DATA"])
+    changed = [amd_cut(text).rstrip() != text.rstrip() for text in solutions]
+    verdicts = evaluate.judge(list(itertools.compress(problems, changed)),
+                              list(map(amd_cut, itertools.compress(solutions, changed))), True)
+    assert verdicts.count(0) == 34, "a right program loses what stands behind its first blank line"
 
-    def run(body: str) -> list[str]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            verdicts = pool.map(lambda p: evaluate.run_program(
-                p["prompt"] + p.get(body, body), p["test"], p["entry_point"])[0], problems)
-            return [p["task_id"] for p, passed in zip(problems, verdicts) if passed]
 
-    assert len(problems) == 164
-    assert len(run("canonical_solution")) == 164, "a right solution failed in the cage"
-    assert run("    pass\n") == [], "an empty body was counted as right"
+# --------------------------------------------------------------------------- human-eval's protocol
+
+@pytest.mark.parametrize("text, program", [
+    ("    return 1\n\nprint(f())\ndef g(): pass", "    return 1\n"),
+    ("    if x:\n        return 1", "    if x:\n        return 1"),
+    ("    a = 1\n\n    return a\nclass B: pass", "    a = 1\n\n    return a"),
+    ("    return 1\n# more", "    return 1"),
+    ("    return 1\nif __name__", "    return 1"),
+])
+def test_human_evals_program_ends_at_the_first_stop_string(text, program):
+    assert openai_cut(text) == program
+
+
+def test_human_evals_completion_keeps_its_bytes(tokenizer):
+    tokens = [*tokenizer.encode("    return 'ü'"), tokenizer.eos_id]
+    assert completion(tokens, tokenizer, False) == "    return 'ü'"
+
+
+def test_sentencepiece_texts_keep_their_first_space_for_human_eval_alone():
+    if "LLAMA2_TOKENIZER" not in os.environ:
+        pytest.skip("LLAMA2_TOKENIZER is not set: a tokenizer.model of SentencePiece")
+    from data import load_tokenizer
+    llama = load_tokenizer(os.environ["LLAMA2_TOKENIZER"])
+    prompt, text = "def f():\n", "    x = 1\n    return x"
+    tokens = llama.encode(prompt + text)[len(llama.encode(prompt)):]
+    assert completion(tokens, llama, False) == text
+    assert llama.decode(tokens) == text[1:], "AMD's decoding drops the first space"
+    assert completion(tokens, llama, True) == text, "and its padding puts one back"
 
 
 @needs_data
 def test_no_stop_string_cuts_a_canonical_solution():
-    for problem in evaluate.read_problems(os.environ["EVAL_DATA"]):
-        solution = problem["canonical_solution"]
-        assert evaluate.cut_at_stop(solution) == solution, problem["task_id"]
+    path = Path(os.environ["EVAL_DATA"]) / "humaneval" / "HumanEval.jsonl.gz"
+    for solution in evaluate.read_rows(path, lambda row: row["canonical_solution"], ""):
+        assert openai_cut(solution) == solution
 
 
-def test_a_completion_ends_at_the_first_stop_string():
-    assert evaluate.cut_at_stop("    return 1\n\nprint(f())\ndef g(): pass") == "    return 1\n"
-    assert evaluate.cut_at_stop("    if x:\n        return 1") == "    if x:\n        return 1"
+# ------------------------------------------------------------------------------------- pass@k
+
+def test_pass_at_k_is_the_share_of_choices_with_a_right_one():
+    for n, c, k in itertools.product(range(1, 8), range(8), range(1, 8)):
+        if c <= n and k <= n:
+            draws = list(itertools.combinations([i < c for i in range(n)], k))
+            assert math.isclose(pass_at_k(n, c, k), sum(map(any, draws)) / len(draws),
+                                abs_tol=1e-12), (n, c, k)
+
+
+def test_pass_rates_take_the_programs_of_a_problem_together():
+    # Two problems, three programs each, problem by problem in each round: a solved once, b never.
+    rates = evaluate.pass_rates([0, 0, 1, 0, 0, 0], 3)
+    assert math.isclose(rates["pass@1"], 1 / 6) and math.isclose(rates["pass@3"], 1 / 2)
+    assert math.isclose(rates["pass@3_stderr"], 0.5), "two problems, 1 and 0: sqrt(0.5 / 1 / 2)"
+
+
+# --------------------------------------------------------------------------------- a run as a whole
+
+PROBLEMS = [{"task_id": f"Test/{i}", "prompt": f"def f{i}(x):\n", "entry_point": f"f{i}",
+             "canonical_solution": "    return 1\n",
+             "test": f"def check(f):\n    assert f({i}) == 1\n"} for i in range(3)]
+
+
+@pytest.fixture
+def folder(tiny, tokenizer, tmp_path):
+    """Checkpoints t and d, equal, and the problems."""
+    for name in "td":
+        model = tiny(torch.float32, vocab_size=512, eos_token_id=511, max_position_embeddings=512)
+        save_checkpoint(model, tmp_path / name)
+        tokenizer.save(tmp_path / name)
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "HumanEval.jsonl.gz").write_bytes(
+        gzip.compress("\n".join(map(json.dumps, PROBLEMS)).encode()))
+    return tmp_path
+
+
+def argv(folder: Path, *more: str) -> list[str]:
+    return ["humaneval", "--target", str(folder / "t"), "--draft", str(folder / "d"), "--data",
+            str(folder), "--max-new-tokens", "8", "--json", str(folder / "run.json"), *more]
+
+
+class Writer:
+    """In the place of a Decoder: it always writes this text, and tells what it was asked for."""
+    asked, text = [], []
+
+    def __init__(self, target, draft, gamma, length, graphs, **sampling):
+        self.settings = (draft is not None, gamma, length, sampling)
+
+    def generate(self, prompts, max_new_tokens, eos_id=None, seed=0, stats=None, stop=None):
+        if stats is None:           # to warm up
+            return
+        stats.seconds, stats.emitted = 1.0, 1
+        self.asked.append((*self.settings, prompts, max_new_tokens, eos_id, seed))
+        for i in range(len(self.text)):
+            yield Round([[self.text[i]] for _ in prompts], [0], [[]], [[]])
+            if stop and stop(self.text[:i + 1]):
+                break
+
+
+@pytest.fixture
+def writer(monkeypatch, tokenizer):
+    monkeypatch.setattr(evaluate, "Decoder", Writer)
+    monkeypatch.setattr(Writer, "asked", [])
+    monkeypatch.setattr(Writer, "text", tokenizer.encode("    return 1\n\n    pass\ndef g(): pass\nx"))
+    return Writer
+
+
+@pytest.mark.parametrize("protocol, prefix, limit, program", [
+    ("amd", ONE_SHOT, 512, "    return 1"), ("openai", "", 1024, "    return 1\n\n    pass")])
+def test_each_protocol_asks_for_what_it_is_defined_by(protocol, prefix, limit, program, folder,
+                                                      tokenizer, writer, monkeypatch):
+    monkeypatch.setattr(evaluate, "run_program", lambda *_: True)
+    evaluate.main(["humaneval", "--target", str(folder / "t"), "--draft", str(folder / "d"),
+                   "--data", str(folder), "--json", str(folder / "run.json"),
+                   "--protocol", protocol])
+    run = json.loads((folder / "run.json").read_text())
+    assert {row["completion"] for row in run["rows"]} == {program}
+    prompts = [tokenizer.encode(prefix + problem["prompt"]) for problem in PROBLEMS]
+    length = max(map(len, prompts)) + limit
+    sampled = {"temperature": 0.1, "top_k": 10, "top_p": 0.95}
+    assert writer.asked == [
+        (drafted, "auto", length, sampling, [prompt], limit, tokenizer.eos_id, i)
+        for sampling in ({}, sampled) for drafted in (False, True)
+        for i, prompt in enumerate(prompts)]
+
+
+def test_human_eval_stops_writing_at_a_stop_string_and_amd_does_not(tokenizer, writer):
+    lengths = {}
+    for protocol in ("amd", "openai"):
+        seen = []
+
+        class Counting(writer):
+            def generate(self, *args, **settings):
+                for outcome in super().generate(*args, **settings):
+                    seen.append(outcome)
+                    yield outcome
+
+        decoder = Counting(None, None, "auto", 99, False)
+        evaluate.write_programs(decoder, [[1]], tokenizer, argparse.Namespace(
+            protocol=protocol, max_new_tokens=99))
+        lengths[protocol] = len(seen)
+    assert lengths["amd"] == len(writer.text) > lengths["openai"]
+
+
+def test_bos_stands_before_a_prompt_if_the_tokenizer_says_so(folder, tokenizer, writer,
+                                                            monkeypatch):
+    load_pair = evaluate.load_pair
+
+    def load_with_bos(*args):
+        target, draft, tokenizer = load_pair(*args)
+        monkeypatch.setattr(type(tokenizer), "prompt", lambda self, text: [7, *self.encode(text)])
+        return target, draft, tokenizer
+    monkeypatch.setattr(evaluate, "load_pair", load_with_bos)
+    evaluate.main(argv(folder))
+    assert writer.asked[0][4] == [[7, *tokenizer.encode(ONE_SHOT + PROBLEMS[0]["prompt"])]]
+
+
+def columns(out: str) -> dict[str, dict[str, str]]:
+    head, *lines = out.splitlines()
+    ends = [head.index(word) + len(word) for word in head.split()]
+    return {line[:20].strip(): {word: line[:end].split()[-1] for word, end in zip(
+        head.split(), ends) if line[end - 1:end].strip()} for line in lines}
+
+
+def test_amds_figures_stand_beside_ours_by_amds_protocol_alone(folder, writer, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "check_cage", lambda caged: None)
+    monkeypatch.setattr(evaluate, "run_program", lambda program, *_: "f1" in program)
+    run = ["--allow-code-execution", "--dtype", "float32"]
+    evaluate.main(argv(folder, *run))
+    table = columns(capsys.readouterr().out)
+    assert table["greedy alone"]["pass@1"] == "0.3333"
+    assert table["greedy alone"]["AMD's-pass@1"] == "0.311"
+    assert "AMD's-speedup" not in table["greedy alone"]
+    fast = table["sampled speculative"]
+    assert (fast["AMD's-pass@1"], fast["AMD's-accepted"], fast["AMD's-speedup"]) == (
+        "0.2927", "0.65", "2.58")
+    evaluate.main(argv(folder, *run, "--gamma", "4"))
+    table = columns(capsys.readouterr().out)
+    assert table["greedy speculative"]["AMD's-pass@1"] == "0.311"
+    assert "AMD's-speedup" not in table["greedy speculative"], "it is of another draft length"
+    evaluate.main(argv(folder, *run, "--protocol", "openai"))
+    assert "AMD" not in capsys.readouterr().out
+
+
+def test_the_table_of_amds_figures_is_the_published_one():
+    assert [evaluate.AMD[dtype][f"{mode} {way}"] for dtype in ("float32", "bfloat16")
+            for mode in ("sampled", "greedy") for way in ("alone", "speculative")] == [
+        (.3231,), (.2927, .650, 2.58), (.3110,), (.3110, .658, 2.80),
+        (.3110,), (.3110, .669, 1.67), (.3415,), (.3354, .665, 1.75)]
+
+
+def test_both_decoders_are_measured_and_nothing_is_run_unasked(folder, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "run_program", lambda *_: pytest.fail("code was run unasked"))
+    evaluate.main(argv(folder, "--gamma", "3"))
+    run = json.loads((folder / "run.json").read_text())
+    alone, fast = run["tasks"]["greedy alone"], run["tasks"]["greedy speculative"]
+    assert fast["accepted_per_drafted"] > 0.5, "the draft is the target"
+    assert fast["speedup"] == fast["tokens_per_s"] / alone["tokens_per_s"]
+    assert "pass@1" not in alone and all("acc" not in row for row in run["rows"])
+    texts = {name: [row["completion"] for row in run["rows"] if row["task"] == name]
+             for name in run["tasks"]}
+    assert texts["greedy alone"] == texts["greedy speculative"]
+    assert (run["settings"]["protocol"], run["settings"]["gamma"]) == ("amd", 3)
+
+
+def test_amds_schedule_is_the_default_draft_length(folder):
+    evaluate.main(argv(folder, "--limit", "1"))
+    assert json.loads((folder / "run.json").read_text())["settings"]["gamma"] == "auto"
+
+
+def test_the_protocols_do_not_share_a_hash(folder):
+    hashes = []
+    for protocol in ("amd", "openai"):
+        evaluate.main(argv(folder, "--protocol", protocol, "--limit", "1"))
+        run = json.loads((folder / "run.json").read_text())
+        hashes.append(run["tasks"]["greedy alone"]["sha256"])
+    assert hashes[0] != hashes[1], "compare.py would compare what is not alike"
+
+
+def test_samples_give_pass_at_their_number(folder, writer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "check_cage", lambda caged: seen.append(caged))
+    monkeypatch.setattr(evaluate, "run_program", lambda program, *_: "f1" in program)
+    evaluate.main(argv(folder, "--allow-code-execution", "--samples", "4"))
+    run = json.loads((folder / "run.json").read_text())
+    assert math.isclose(run["tasks"]["sampled alone"]["pass@4"], 1 / 3)
+    assert "pass@4" not in run["tasks"]["greedy alone"] and seen == [True]
+    assert len({ask[-1] for ask in writer.asked if ask[3]}) == 12, "samples share a seed"
+    for row in run["rows"]:
+        assert row["acc"] == (row["row"] == "Test/1")
+
+
+def test_uncaged_runs_are_asked_for(folder, writer, monkeypatch):
+    caged = []
+    monkeypatch.setattr(evaluate, "run_program", lambda *args, **_: caged.append(args[3]) or True)
+    evaluate.main(argv(folder, "--allow-code-execution", "--uncaged", "--limit", "1"))
+    assert not any(caged) and caged
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"no gzip", gzip.compress(b""), gzip.compress(b"{"), gzip.compress(b"[1]"),
+    gzip.compress(b"[1]")[:10] + b"\xff" * 20,
+    gzip.compress(b'{"prompt": "p", "test": "t", "entry_point": "e"}')])
+def test_a_broken_file_of_problems_is_named(content, folder, capsys):
+    (folder / "humaneval" / "HumanEval.jsonl.gz").write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(argv(folder))
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and message.count("\n") == 1
+    assert "is not a problem with task_id" in message
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["--gamma", "0"], "0 is less than 1"), (["--gamma", "many"], "invalid"),
+    (["--protocol", "mine"], "invalid choice"), (["--samples", "0"], "0 is less than 1"),
+    (["--tasks", "piqa"], "unrecognized arguments")])
+def test_a_mistake_gets_one_sentence(words, complaint, folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(argv(folder, *words))
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and complaint in message and message.count("\n") == 1
