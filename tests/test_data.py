@@ -619,14 +619,12 @@ def test_fetched_rows_are_where_evaluate_looks_for_them(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     data.main(["fetch", "all", "--out", str(tmp_path)])
     for name, task in evaluate.TASKS.items():
-        [file] = evaluate.find_rows(tmp_path / name, task.split)
+        file = evaluate.find_rows(tmp_path / name, task.split)
         rows = [json.loads(row) for row in file.read_bytes().splitlines()]
-        path, _, scored, *examples = data.BENCHMARKS[name]
+        path, _, scored, *_ = data.BENCHMARKS[name]
         assert rows == [{"path": path, "split": scored, "text": "a\u2028b\n\u00e9"} | problem], name
         assert (scored == "test") == task.split.startswith("test"), f"{name}: the wrong split"
-        for split in examples:
-            assert evaluate.find_rows(tmp_path / name, split), f"{name}: no examples"
-    assert [problem["split"] for problem in evaluate.read_problems(tmp_path)] == ["test"]
+    assert evaluate.read_problems(tmp_path) == [("x", "x", "x", "x")]
     assert set(data.BENCHMARKS) == {*evaluate.TASKS, "humaneval"}
     assert ("cais/mmlu", "all", "dev") in asked and ("EleutherAI/logiqa", "logiqa", "test") in asked
 

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ import evaluate
 from data import train_bpe
 from evaluate import ONE_SHOT, amd_cut, completion, openai_cut, pass_at_k
 from model import save_checkpoint
-from speculative import Round, Stats
 
 needs_data = pytest.mark.skipif("EVAL_DATA" not in os.environ, reason="EVAL_DATA is not set: the "
                                 "folder with humaneval/HumanEval.jsonl.gz")
@@ -184,7 +184,7 @@ class Writer:
         stats.seconds, stats.emitted = 1.0, 1
         self.asked.append((*self.settings, prompts, max_new_tokens, eos_id, seed))
         for i in range(len(self.text)):
-            yield Round([[self.text[i]] for _ in prompts], [0], [[]], [[]])
+            yield SimpleNamespace(tokens=[[self.text[i]]])
             if stop and stop(self.text[:i + 1]):
                 break
 
