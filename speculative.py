@@ -90,18 +90,17 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     # Near 0 nothing overflows: differences are divided, and by a number that float32 can hold.
-    temperature, top_p = (max(x, torch.finfo(torch.float32).tiny) for x in (temperature, top_p))
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    smallest = torch.finfo(torch.float32).tiny
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, smallest)
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))        # ties with it are kept
+        logits = logits.masked_fill(logits < kth, -torch.inf)           # ties with it are kept
     p = logits.softmax(-1)
     if top_p < 1:
         best, order = p.sort(dim=-1, descending=True, stable=True)
         mass_before = best.cumsum(-1) - best
-        best = best.masked_fill(mass_before >= top_p, 0.0)
-        p = torch.zeros_like(p).scatter_(-1, order, best)
-        p = p / p.sum(-1, keepdim=True)
+        best = best.masked_fill(mass_before >= max(top_p, smallest), 0.0)
+        p = p.scatter(-1, order, best / best.sum(-1, keepdim=True))
     return p
 
 
@@ -303,7 +302,7 @@ def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: 
 # ---------------------------------------------------------------------------------------- the loop
 
 def until_end(old: list[int], new: list[int], limit: int, eos_id: int | None,
-              stop: Callable[[list[int]], bool] | None) -> tuple[list[int], bool]:
+              stop: Callable | None) -> tuple[list[int], bool]:
     """What a row that has the tokens `old` keeps of `new`, and whether it ends with it: at its
     limit, with EOS (which is kept), or with the first token after which stop(tokens) is true."""
     for i, token in enumerate(new, 1):
@@ -375,7 +374,7 @@ class Decoder:
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None,
                  seed: int = 0, stats: Stats | None = None,
-                 stop: Callable[[list[int]], bool] | None = None) -> Iterator[Round]:
+                 stop: Callable | None = None) -> Iterator[Round]:
         """Yield a Round at a time until all rows have their tokens, met EOS or filled the context.
 
         A row also ends with the first token after which stop(its new tokens) is true. Row b draws
@@ -386,32 +385,30 @@ class Decoder:
         """
         check_request(self, prompts, max_new_tokens)
         stats = stats or Stats()
-        limits = [min(max_new_tokens, self.length - len(prompt)) for prompt in prompts]
-        ends = [functools.partial(until_end, limit=limit, eos_id=eos_id, stop=stop)
-                for limit in limits]
-        rounds = self.rounds(prompts, ends, seed, stats)
+        rounds = self.rounds(prompts, max_new_tokens, eos_id, seed, stats, stop)
         while outcome := stats.timed("seconds", next, rounds, None):
             stats.count(outcome)
             yield outcome
 
     @torch.inference_mode()
-    def rounds(self, prompts, ends, seed, stats) -> Iterator[Round]:
+    def rounds(self, prompts, max_new_tokens, eos_id, seed, stats, stop) -> Iterator[Round]:
         generators = [torch.Generator().manual_seed(seed + b) for b in range(len(prompts))]
         new, running = [[] for _ in prompts], set(range(len(prompts)))
         G = FIRST_GAMMA if self.gamma == "auto" else self.gamma
         stats.timed("reading", self.read, prompts)
         while running:
-            self.u[:, :2 * G + 1] = torch.stack([
-                torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators])
+            u = [torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators]
+            self.u[:, :2 * G + 1] = torch.stack(u)
             drafts = stats.timed("drafting", self.run_propose, G)
-            verdict = self.run_decide(drafts)
-            outcome = to_host(verdict)
+            outcome = to_host(self.run_decide(drafts))
             if self.gamma == "auto":                    # a batch goes by its median row
                 G = next_gamma(G, statistics.median_low(outcome.accepted[b] for b in running))
             for b, tokens in enumerate(outcome.tokens):
-                outcome.tokens[b], ended = ends[b](new[b], tokens) if b in running else ([], False)
+                limit = min(max_new_tokens, self.length - len(prompts[b]))
+                kept, ended = until_end(new[b], tokens, limit, eos_id, stop)
+                outcome.tokens[b] = kept if b in running else []
                 new[b] += outcome.tokens[b]
-                if ended:
+                if ended and b in running:
                     running.remove(b)
                     self.active[b] = 0
                     for cache in self.caches:
@@ -502,25 +499,26 @@ class FewRowsLinear(nn.Module):
         self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and not self.packed and x.shape[:-1].numel() <= 2:
-            return self.sums(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        if torch.compiler.is_compiling() and x.shape[:-1].numel() <= 2:
+            return self.sums(x)
         x = self.norm(x) if self.norm else x
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
         return F.linear(x, self.weight)
 
     def sums(self, x: Tensor) -> Tensor:
-        """(N, in) -> (N, out), each output a sum over `in`, as the mean in its norm is one. Sums
+        """(..., in) -> (..., out), each output a sum over `in`, as the mean in its norm is. Sums
         over the same index compile into one kernel, which reads W at the memory's speed. That each
         output computes the mean of the squares again costs less than a kernel of its own."""
-        if x.shape[1] > 4096:
+        if x.shape[-1] > 4096:
             # Has the compiler store x, a SwiGLU's product say, instead of computing it for every
             # output. It pays for CodeLlama's 11008 inputs, and does not for AMD-135M's 2048.
             x = x.as_strided(x.shape, x.stride())
-        wide, scale = x.to(torch.promote_types(x.dtype, torch.float32))[:, None], 1.0  # (N, 1, in)
+        wide, scale = x.to(torch.promote_types(x.dtype, torch.float32))[..., None, :], 1.0
         if self.norm:
-            mean = wide.square().expand(-1, *self.weight.shape).mean(-1)    # (N, out)
-            wide, scale = wide * self.norm.weight, torch.rsqrt(mean + self.norm.eps)
+            squares = wide.square().expand(*x.shape[:-1], *self.weight.shape)   # (..., out, in)
+            scale = torch.rsqrt(squares.mean(-1) + self.norm.eps)
+            wide = wide * self.norm.weight
         return ((self.weight * wide).sum(-1) * scale).to(x.dtype)
 
 
@@ -588,13 +586,11 @@ class Compiled(Transformer):
             "embed_tokens": model.model.embed_tokens, "norm": fuse(model.model.norm),
             "layers": nn.ModuleList(map(fuse, model.model.layers))})
         self.lm_head = fuse(model.lm_head)
-        self.enter = fuse(self.enter)
-
-    def enter(self, tokens: Tensor, cache: Cache):
-        return self.model.embed_tokens(tokens), *cache.lookup(tokens.shape[1])
+        self.lookup = fuse(Cache.lookup)
 
     def hidden(self, tokens: Tensor, cache: Cache) -> Tensor:
-        return self.run_layers(*self.enter(tokens, cache))
+        x = self.model.embed_tokens(tokens)                                 # (B, T, C)
+        return self.run_layers(x, *self.lookup(cache, tokens.shape[1]))
 
 
 @torch.inference_mode()
@@ -690,17 +686,19 @@ def held_out_prompts(folder: str | Path, tokenizer: Tokenizer, count: int,
 
 # ------------------------------------------------------------------------------------ command line
 
-def show(rounds: Iterator[Round], tokenizer: Tokenizer, verbose: bool) -> Iterator[Round]:
+def show(tokenizer: Tokenizer, verbose: bool, rounds: Iterator[Round],
+         side: int = 0) -> Iterator[Round]:
     """The same rounds; the first row is printed as it comes, accepted guesses green on a terminal.
     """
     # A token may end in the middle of a UTF-8 sequence: its bytes wait for the rest.
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     green, black = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    print(f"\n--- {('plain', 'speculative')[side]} decoding")
     for outcome in rounds:
         tokens, n, drafted = (rows[0] for rows in outcome)
         if verbose:
             rejected = drafted[n:] if len(tokens) > n else []
-            accepted, rejected, own = ([tokenizer.decode([token]) for token in part]
+            accepted, rejected, own = ([*map(tokenizer.decode, zip(part))]
                                        for part in (tokens[:n], rejected, tokens[n:]))
             print(f"accepted {accepted} rejected {rejected} then {own}")
         else:
@@ -712,9 +710,9 @@ def show(rounds: Iterator[Round], tokenizer: Tokenizer, verbose: bool) -> Iterat
 
 
 def compare(decoders: list[Decoder], prompts: list[list[int]], new: int, seed: int = 0,
-            view: Callable | None = None, **request) -> tuple[list[Stats], list[list[list[int]]]]:
+            display: Callable | None = None, **request) -> tuple[list[Stats], list[list]]:
     """Decode each prompt with each decoder, in turns so that a drift of the machine's speed meets
-    all; returns their statistics and texts. view(side, rounds) may show the first prompt's."""
+    all; returns their statistics and texts. The first prompt's rounds go through `display`."""
     stats, texts = [Stats() for _ in decoders], [[] for _ in decoders]
     for decoder in decoders:
         list(decoder.generate(prompts[:1], min(new, 32)))       # warm up
@@ -722,8 +720,8 @@ def compare(decoders: list[Decoder], prompts: list[list[int]], new: int, seed: i
         for side in sorted(range(len(decoders)), reverse=i % 2 == 1):
             rounds = decoders[side].generate([prompt], new, seed=seed + i, stats=stats[side],
                                              **request)
-            if view and i == 0:
-                rounds = view(side, rounds)
+            if display and i == 0:
+                rounds = display(rounds, side)
             texts[side].append([token for outcome in rounds for token in outcome.tokens[0]])
     return stats, texts
 
@@ -733,16 +731,14 @@ def figures(plain: Stats, fast: Stats) -> dict:
     gamma = fast.drafted / fast.rounds
     draft_cost = fast.drafting / fast.drafted / step
     verify_cost = (fast.seconds - fast.reading - fast.drafting) / fast.rounds / step
-    return {
+    predicted = predicted_speedup(fast.alpha, round(gamma), draft_cost, verify_cost,
+                                  plain.emitted, plain.reading / step, fast.reading / step)
+    names = ("alpha", "accepted_per_drafted", "tested_at", "accepted_at", "tokens_per_round")
+    return {name: getattr(fast, name) for name in names} | {
         "plain_tokens_per_s": plain.tokens_per_s, "speculative_tokens_per_s": fast.tokens_per_s,
-        "speedup": fast.tokens_per_s / plain.tokens_per_s,
-        "predicted_speedup": predicted_speedup(fast.alpha, round(gamma), draft_cost, verify_cost,
-                                               plain.emitted, plain.reading / step,
-                                               fast.reading / step),
-        "draft_cost": draft_cost, "verify_cost": verify_cost, "alpha": fast.alpha,
-        "accepted_per_drafted": fast.accepted_per_drafted, "mean_gamma": gamma,
-        "tested_at": fast.tested_at, "accepted_at": fast.accepted_at,
-        "tokens_per_round": fast.tokens_per_round, "tokens": fast.emitted}
+        "speedup": fast.tokens_per_s / plain.tokens_per_s, "predicted_speedup": predicted,
+        "draft_cost": draft_cost, "verify_cost": verify_cost, "mean_gamma": gamma,
+        "tokens": fast.emitted}
 
 
 def print_table(f: dict) -> None:
@@ -809,31 +805,26 @@ def run(args: argparse.Namespace) -> None:
                                          getattr(torch, args.dtype))
     prompts = (held_out_prompts(args.data, tokenizer, 16, 64) if text is None
                else [tokenizer.prompt(text)])
-    length, results = max(map(len, prompts)) + max(args.max_new_tokens, 1), {}
-
-    def view(side: int, rounds: Iterator[Round]) -> Iterator[Round]:
-        title = f"prompt: {tokenizer.decode(prompts[0])}\n\n--- plain decoding"
-        print("\n--- speculative decoding" if side else title)
-        return show(rounds, tokenizer, args.verbose)
-
-    def stop(new: list[int]) -> bool:
-        text = tokenizer.decode_bytes(new)
-        return any(string.encode() in text for string in args.stop)
-
-    both = [0.0, 0.8] if text is None else [0.0]
-    for temperature in both if args.temperature is None else [args.temperature]:
+    length, results = max(map(len, prompts)) + max(args.max_new_tokens, 1), []
+    strings = [string.encode() for string in args.stop]
+    display = functools.partial(show, tokenizer, args.verbose)
+    request = {"eos_id": tokenizer.eos_id, "stop": lambda new: any(
+        string in tokenizer.decode_bytes(new) for string in strings)}
+    print(f"prompt: {tokenizer.decode(prompts[0])}")
+    default = [0.0, 0.8] if text is None else [0.0]
+    for temperature in default if args.temperature is None else [args.temperature]:
         settings = {"temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
         decoders = [Decoder(target, helper, gamma, length=length, graphs=args.graphs, **settings)
                     for helper in (None, draft)]
         stats, texts = compare(decoders, prompts, args.max_new_tokens, args.seed,
-                               None if results else view, eos_id=tokenizer.eos_id, stop=stop)
-        row = figures(*stats) | settings | {
+                               None if results else display, **request)
+        results.append(figures(*stats) | settings | {
             "gamma": gamma, "prompts": len(prompts), "seed": args.seed, "dtype": args.dtype,
-            "device": str(device), "greedy_match": None if temperature else texts[0] == texts[1]}
-        print_table(row)
-        results = results | {"sampled": row} if results else row
+            "device": str(device), "greedy_match": None if temperature else texts[0] == texts[1]})
+        print_table(results[-1])
     if path:
-        write_whole(path, [json.dumps(results, indent=2).encode() + b"\n"])
+        sampled = {"sampled": results[1]} if results[1:] else {}
+        write_whole(path, [json.dumps(results[0] | sampled, indent=2).encode() + b"\n"])
 
 
 if __name__ == "__main__":

@@ -77,8 +77,7 @@ BUGS = {
         "without_a_cache", ("gained = (verdict.n + 1) * active",
                             "gained = (verdict.n.max() + 1) * active")),
     "a row that has ended goes on": (
-        "every_row_can_fill_its_context", ("gained = (verdict.n + 1) * active",
-                                           "gained = verdict.n + 1")),
+        "has_ended_stands_still", ("gained = (verdict.n + 1) * active", "gained = verdict.n + 1")),
     "short prompts are read with their padding": (
         "rows_of_a_batch", ("advance(lengths - unread)", "advance(lengths.max() - unread)")),
     "the draft looks up a token that it lacks": (
@@ -102,7 +101,7 @@ BUGS = {
     "model: stale keys beyond a row's position are seen": (
         "without_a_cache", ("self.places <= places[..., None]", "self.places <= places.max()")),
     "model: a position of -1 wraps around": (
-        "fill_its_context", (".clamp(min=0)", "")),
+        "from_minus_one", (".clamp(min=0)", "")),
     "model: all rows store where the first does": (
         "rows_of_a_batch", ("torch.arange(len(places), device=places.device)[:, None]",
                             "torch.zeros_like(places)")),
@@ -128,7 +127,7 @@ def run_with(bug: str, folder: Path) -> tuple[int, str]:
     (folder / script).write_text(source)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", test,
-         "tests/test_pitfalls.py", "tests/test_speculative.py"],
+         "tests/test_pitfalls.py", "tests/test_speculative.py", "tests/test_model.py"],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     return done.returncode, done.stdout

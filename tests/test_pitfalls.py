@@ -16,6 +16,7 @@
     prompt of one token, prompt that fills      every_row_can_fill_its_context
     stale keys: of other rows, the run before   every_p_and_q_is_the_one_without_a_cache,
                                                 a_used_decoder_decodes_like_a_fresh_one
+    an idle row runs out of its cache           a_row_that_has_ended_stands_still_while_...
     target's token unknown to the draft         S a_draft_with_another_vocabulary_size_...
     adaptive gamma drops a sampled token        auto_gamma_..., a_changing_gamma_keeps_...
     benchmark counts the prompt, or other time  the_benchmark_counts_new_tokens_alone,
@@ -119,6 +120,19 @@ def test_a_used_decoder_decodes_like_a_fresh_one(target, draft):
         used = [row + tokens for row, tokens in zip(used, done.tokens)]
     fresh = complete(target, prompts, 25, draft=draft, gamma=3, temperature=1.0, seed=5)
     assert used == fresh, "a decoder remembers something of the run before"
+
+
+def test_a_row_that_has_ended_stands_still_while_others_go_on(target):
+    """With the target as its own draft all guesses are accepted, so a row that went on would leave
+    its cache soon. Rows that idle stay at place 0, whatever they are fed."""
+    decoder = Decoder(target, target, 3, batch=2, length=60)
+    answers = iter([True])                                  # to row 0's first token, then False
+    rounds = list(decoder.generate([[5, 6], [1, 2, 3]], 50, stop=lambda new: next(answers, False)))
+    assert [len(r.tokens[0]) for r in rounds] == [1] + [0] * 12, "a row that has ended went on"
+    answers = iter([True])
+    for _ in decoder.generate([[5, 6], [1, 2, 3]], 50, stop=lambda new: next(answers, False)):
+        assert [int(cache.position[0]) for cache in decoder.caches] == [0, 0], (
+            "the cache of a row that has ended moves on")
 
 
 # ------------------------------------------------------------------------------ the random numbers

@@ -599,9 +599,9 @@ def test_the_command_streams_a_prompt_and_writes_its_figures(folders, capsys, tm
 def shown(capsys, rounds: list[Round], tokenizer, verbose: bool = False) -> list[str]:
     """What is printed with each round, and at the end."""
     texts = []
-    for outcome in show(iter(rounds), tokenizer, verbose):
+    for outcome in show(tokenizer, verbose, iter(rounds)):
         assert outcome in rounds, "show() changes a round"
-        texts.append(capsys.readouterr().out)
+        texts.append(capsys.readouterr().out.removeprefix("\n--- plain decoding\n"))
     return [*texts, capsys.readouterr().out]
 
 
