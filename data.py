@@ -1,55 +1,48 @@
-"""From text to batches of tokens: tokenizer, corpus, data set folder, loader.
+"""From text to batches of tokens.
 
-The pipeline, in the order of this file:
+    text --Tokenizer--> tokens --prepare--> a folder of tokens --Loader--> batches of (B, T + 1)
 
-    texts --train_bpe--> Tokenizer --prepare--> folder of tokens --Loader--> (B, T + 1)
+1.  `train_bpe` learns a vocabulary by byte-pair encoding; a `Tokenizer` splits text with it.
+2.  A *source* is a named set of files with documents. A hash of each document decides whether it is
+    trained on or held out.
+3.  `prepare` writes the tokens of all documents, one after another, into one file for each source
+    and split, with an end-of-text token behind each document.
+4.  `Loader` cuts these files into blocks of T + 1 tokens and deals them out in a random order.
 
-1.  `train_bpe` learns a `Tokenizer` by byte-pair encoding. It runs in tiktoken.
-2.  A *source* is a named stream of documents: files of your own, a Hub data set, or the Python that
-    runs this script: its docstrings ("general") and sources ("code") need no download.
-3.  `prepare` appends each document's tokens and one end-of-text token to a file, on all cores. A
-    hash of the document decides whether it trains or validates.
-4.  `Loader.batch(step, rank, world)` is a pure function: resuming is asking for the next step.
-5.  Beside the pipeline: `load_tokenizer` reads what was saved and Llama-2's SentencePiece model,
-    which runs in tiktoken too; `fetch` gets the rows of evaluate.py's benchmarks.
-
-Letters: B rows of a batch, T tokens of a row, V entries of the vocabulary.
+Letters: B rows of a batch, T tokens of a row, V entries of the vocabulary, N blocks.
 
     python data.py train-tokenizer --source general --source code --vocab-size 4096 --out out/bpe
     python data.py prepare --source code --source mine=~/texts --tokenizer out/bpe --out out/data
 
 References: Sennrich et al. 2016 (byte-pair encoding, arXiv:1508.07909); Radford et al. 2019 (GPT-2:
-over bytes); Kudo and Richardson 2018 (SentencePiece, arXiv:1808.06226); Luby and Rackoff 1988 (a
-Feistel network is a permutation); Liu and Layland 1973 (earliest deadline first).
+over bytes); Kudo and Richardson 2018 (SentencePiece, arXiv:1808.06226).
 """
 
 import argparse
 import ast
-import base64
-import errno
 import functools
 import gzip
 import hashlib
 import heapq
-import importlib
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
+import platform
 import re
+import shutil
 import signal
-import socket
 import sys
 import sysconfig
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from fractions import Fraction
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -57,41 +50,14 @@ import numpy as np
 import regex  # tiktoken depends on it: the same syntax of patterns, \p{L} included
 import tiktoken
 
-
-@contextmanager
-def room_for(path: Path) -> Iterator[None]:
-    """Say which file a full disk (or a limit on sizes) stopped, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"no room to write {path} ({error.strerror}): free some space and run "
-                          "the same command again; what was finished before is kept") from None
-        raise
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that takes its name only when it is complete and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with room_for(path), open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------ tokenizer
 
 END = "<|endoftext|>"
 
-# Pre-tokens: merges never cross their borders. GPT-4's idea (a word takes the one character before
-# it along, digits go in threes), with two changes. A punctuation mark takes the line's end and the
-# indentation behind it along, so that "):\n        " can be one token: 7% fewer tokens on Python.
-# And there is no look-ahead, so that matching is linear in the length of any text.
+# The pattern that cuts a text into words before anything is merged: no token reaches from one word
+# into the next. As in GPT-4, a word takes the one character before it along (mostly a space) and
+# digits go in threes. Unlike there, a punctuation mark takes the line's end and the indentation
+# that follows, so that "):\n        " can be one token: 7% fewer tokens for Python.
 PATTERN = "|".join((
     r"[^\r\n\p{L}\p{N}]?\p{L}+",                            # " word", "_name", "'t"
     r"\p{N}{1,3}",                                          # "1", "984"
@@ -100,21 +66,27 @@ PATTERN = "|".join((
 ))
 
 
+@dataclass(eq=False)
 class Tokenizer:
-    """A byte-level BPE vocabulary in tiktoken.
+    """A vocabulary, and the splitting of texts into its entries (by tiktoken, which is fast).
 
-    encoding: the tiktoken.Encoding; n_vocab: V; eos_id and bos_id: special tokens (bos_id is None
-    if there is none); pieces: the bytes that each id stands for, none for special tokens.
+    A text is cut into words by a pattern. Each word is split into its bytes; then the pair of
+    neighbours that make the token of the lowest rank are merged, again and again.
     """
 
-    def __init__(self, ranks: list[bytes], pattern: str = PATTERN):
-        """ranks: all byte strings that merging makes, in its order; the 256 single bytes first."""
-        self.ranks = {token: rank for rank, token in enumerate(ranks)}
-        self.pieces = [*ranks, b""]                         # the last is END
-        self.eos_id, self.bos_id = len(ranks), None
-        # Built by hand: tiktoken.get_encoding would ask the network for its own vocabularies.
-        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=self.ranks,
-                                          special_tokens={END: len(ranks)})
+    pieces: list[bytes]             # the bytes that each id stands for, none for special tokens
+    ranks: dict[bytes, int]         # what merging makes -> the order in which it does
+    pattern: str
+    files: dict[str, bytes]         # what it was read from, for saving it again
+    eos_id: int                     # ends a text
+    bos_id: int | None = None       # begins a text, if there is such a token
+    add_bos: bool = False           # whether it stands in front of a prompt
+
+    @functools.cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        # Made by hand: tiktoken.get_encoding would ask the network for a vocabulary.
+        return tiktoken.Encoding("bpe", pat_str=self.pattern, mergeable_ranks=self.ranks,
+                                 special_tokens={})
 
     @property
     def n_vocab(self) -> int:
@@ -122,27 +94,24 @@ class Tokenizer:
 
     @property
     def dtype(self) -> str:
-        """The smallest type that holds every id, in which tokens are stored."""
+        """The smallest type that holds every id: tokens are stored in it."""
         return "uint16" if self.n_vocab <= 1 << 16 else "uint32"
 
     def encode(self, text: str) -> list[int]:
-        """Special tokens that stand in the text are text; nothing is added before or after."""
+        """The ids of a text. A special token's name in it is text like any other."""
         return self.encoding.encode_ordinary(text)
 
     def prompt(self, text: str) -> list[int]:
-        """Encode the start of a text that a model is to go on with: BOS first, if there is one."""
+        """The ids of a text that a model is to continue: BOS first, if the tokenizer's files say
+        that it was trained so."""
         return [self.bos_id] * self.add_bos + self.encode(text)
 
-    @property
-    def add_bos(self) -> bool:
-        return self.bos_id is not None
-
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """What the tokens add to a text; nothing for ids with which a model's table was padded."""
+        """The bytes of some tokens; none for ids with which a model's table was padded."""
         return b"".join([self.pieces[token] for token in tokens if token < len(self.pieces)])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """A whole text; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
+        """A whole text. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     @functools.cached_property
@@ -153,429 +122,262 @@ class Tokenizer:
     @functools.cached_property
     def sha256(self) -> str:
         """The vocabulary's identity: with equal hashes, every text has equal ids."""
-        facts = [self.encoding._pat_str, *map(bytes.hex, [*self.ranks, b"", *self.pieces])]
-        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
-
-    def files(self) -> dict[str, bytes]:
-        """The files, by name, that bring this tokenizer back: here and, the .json, elsewhere."""
-        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
-        return {"tokenizer.tiktoken": b"".join(lines)} | byte_level_json(self)
+        facts = [self.pattern, self.eos_id, self.pieces, sorted(self.ranks.items())]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into a folder, each one whole or not at all."""
-        for name, content in self.files().items():
-            write_atomically(Path(folder) / name, content)
+        """Write the files that the tokenizer came with, unchanged."""
+        for name, content in self.files.items():
+            write_whole(Path(folder) / name, [content])
+
+
+def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """Replace a pair of neighbours by a new token, from left to right.
+
+    >>> merge_pair([5, 7, 7, 7], (7, 7), 256)
+    [5, 256, 7]
+    """
+    merged, i = [], 0
+    while i < len(word):
+        if (*word[i:i + 2],) == pair:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
+def learn_merges(frequency: dict[str, int], count: int) -> list[tuple[bytes, bytes]]:
+    """Byte-pair encoding: merge the most frequent pair of neighbours, `count` times.
+
+    frequency: how often each word occurs. Sennrich's example, four words and three merges:
+
+    >>> learn_merges({"low": 5, "lower": 2, "newest": 6, "widest": 3}, 3)
+    [(b'e', b's'), (b'es', b't'), (b'l', b'o')]
+
+    "e s" occurs 6 + 3 = 9 times, as does "s t"; of equals, the pair with the lower ids is merged.
+    Then "newest" is n e w es t, and "es t" occurs 9 times; then "l o" occurs 5 + 2 = 7 times.
+
+    Only the words that hold the merged pair are counted again: a vocabulary of 4096 takes seconds
+    where a recount of everything after each merge would take hours.
+    """
+    words = [list(word.encode()) for word in frequency]     # as ids; the first 256 are the bytes
+    tokens, merges = [bytes([b]) for b in range(256)], []
+    counts, where = Counter(), defaultdict(set)             # pair -> how often, in which words
+
+    def add(sign: int, i: int, times: int) -> None:
+        for pair in zip(words[i], words[i][1:]):
+            counts[pair] += sign * times
+            where[pair].add(i)
+
+    times = list(frequency.values())
+    for i in range(len(words)):
+        add(1, i, times[i])
+    heap = [(-n, pair) for pair, n in counts.items()]       # the most frequent pair comes first
+    heapq.heapify(heap)
+    while heap and len(merges) < count:
+        n, pair = heapq.heappop(heap)
+        if n != -counts[pair]:                              # other merges made it rarer
+            heapq.heappush(heap, (-counts[pair], pair))
+        elif n:
+            new, changed = len(tokens), where.pop(pair)
+            merges.append((tokens[pair[0]], tokens[pair[1]]))
+            tokens.append(b"".join(merges[-1]))
+            for i in changed:
+                add(-1, i, times[i])
+                words[i] = merge_pair(words[i], pair, new)
+                add(1, i, times[i])
+            for fresh in {p for i in changed for p in zip(words[i], words[i][1:]) if new in p}:
+                heapq.heappush(heap, (-counts[fresh], fresh))
+    return merges
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding: join the most frequent pair of neighbours, over and over.
+    """Learn a tokenizer: the 256 bytes, merges, and the end-of-text token.
 
-    vocab_size counts the 256 bytes, the merges and END. Of equally frequent pairs, the one with the
-    lexicographically greater byte strings is joined. A merge recounts only the pre-tokens that hold
-    the pair: 4096 entries from 12 MB of text take seconds, where the naive loop would take hours.
+    >>> tokenizer = train_bpe(["the cat sat on the mat"], 260)
+    >>> tokenizer.pieces[256:]
+    [b'at', b'he', b'the', b'']
+    >>> tokenizer.encode("heat the")
+    [257, 256, 32, 258]
     """
     if vocab_size < 257:
         raise ValueError(f"a vocabulary of {vocab_size} cannot hold the 256 bytes and {END}")
     frequency = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    words = [list(word.encode()) for word in frequency]     # each pre-token once, as token ids
-    times = list(frequency.values())
-    tokens = [bytes([b]) for b in range(256)]
-
-    counts = defaultdict(int)                               # pair -> how often
-    where = defaultdict(set)                                # pair -> words that hold (or held) it
-
-    def count(i: int, sign: int) -> None:
-        for pair in zip(words[i], words[i][1:]):
-            counts[pair] += sign * times[i]
-            where[pair].add(i)
-
-    # A heap pops its least entry: counts and bytes are negated, and a mark above all bytes makes a
-    # prefix come last.
-    def entry(pair: tuple[int, int]) -> tuple:
-        left, right = ([*(-byte for byte in tokens[t]), 1] for t in pair)
-        return -counts[pair], left, right, pair
-
-    for i in range(len(words)):
-        count(i, 1)
-    heap = [entry(pair) for pair in counts]
-    heapq.heapify(heap)
-    while len(tokens) < vocab_size - 1:
-        if not heap or heap[0][0] == 0:
-            raise ValueError(f"the text yields a vocabulary of {len(tokens) + 1} entries, not the "
-                             f"{vocab_size} asked for: add text or ask for fewer")
-        times_seen, _, _, pair = heap[0]
-        if times_seen != -counts[pair]:                     # merges only make older pairs rarer
-            heapq.heapreplace(heap, entry(pair))
-            continue
-        new, changed = len(tokens), where.pop(pair)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in changed:
-            count(i, -1)
-            old, words[i] = words[i], []
-            for token in old:
-                if words[i] and (words[i][-1], token) == pair:
-                    words[i][-1] = new
-                else:
-                    words[i].append(token)
-            count(i, 1)
-        for fresh in {p for i in changed for p in zip(words[i], words[i][1:]) if new in p}:
-            heapq.heappush(heap, entry(fresh))
-    return Tokenizer(tokens)
+    merges = learn_merges(frequency, vocab_size - 257)
+    if len(merges) < vocab_size - 257:
+        raise ValueError(f"the text yields a vocabulary of {257 + len(merges)} entries, not the "
+                         f"{vocab_size} asked for: add text or ask for fewer")
+    return read_tokenizer_json(write_tokenizer_json(merges))
 
 
-# --------------------------------------------------------------------------------- documents
+# ------------------------------------------------------------------------------ documents
 
-PLAIN, ROWS = (".txt", ".py"), (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-NOT_CODE = {"site-packages", "dist-packages",               # folders left out: other people's,
-            "test", "tests", "idle_test",                   # tests, with broken examples,
-            "encodings", "pydoc_data"}                      # tables; the topics are read below
+SPLITS = ("train", "val")
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
-# Sources that need no path. AMD's corpora come from the Hub: the folder that AMD took, without the
-# rows that AMD left out. With NAME=hub:FOLDER they come from a copy of the whole data set, with
-# NAME=PATH from files alone.
-READY = {"general": f"python:{sys.version}", "code": f"python:{sys.version}",
+# Sources that need no path: text that is there with any Python (docstrings, and source code), and
+# AMD's three corpora on the Hugging Face Hub.
+READY = {"general": str(LIBRARY), "code": str(LIBRARY),
          "slimpajama": "hub:cerebras/SlimPajama-627B", "gutenberg": "hub:manu/project_gutenberg",
          "starcoder-python": "hub:bigcode/starcoderdata"}
-FOLDER = {"starcoder-python": "python"}
+HUB_FOLDER = {"starcoder-python": "python"}                 # the part of a data set that AMD took
 LEFT_OUT = {"slimpajama": lambda row: row["meta"]["redpajama_set_name"] == "RedPajamaBook"}
 
 
 class Record(NamedTuple):
-    """One document, before anything costly has been done to it."""
+    """One document as it lies in its file."""
 
-    file: str                       # where it is from, for messages
-    line: int
-    row: dict[str, Any] | bytes     # fields, or a line of JSON still to be parsed
+    line: int                       # in the span that it was read from, for messages
+    row: dict[str, Any] | bytes     # fields, or UTF-8: a line of JSON, or the text itself
     key: str = ""                   # what decides its split, if not its text
-    read: int = 0                   # bytes of the file that are read by now
 
 
-def code() -> Iterator[Record]:
-    """The built-in corpus of code: the running Python's standard library, about 10 MB."""
-    for path in sorted(LIBRARY.rglob("*.py"), key=Path.as_posix):
-        name = path.relative_to(LIBRARY)
-        if not NOT_CODE.intersection(name.parts) and not name.name.startswith("_sysconfigdata"):
-            source = path.read_text("utf-8", errors="replace")
-            yield Record(name.as_posix(), 1, {"text": source}, key=name.as_posix())
+class Span(NamedTuple):
+    """Documents of a source: those that begin at one of these bytes of a file."""
+
+    file: str
+    start: int
+    stop: int
 
 
-def general() -> Iterator[Record]:
-    """The built-in corpus of English, about 2 MB: a module's docstrings make one document.
+def is_validation(key: str, fraction: float) -> bool:
+    """Whether a document is held out: its hash decides, so no run and no order changes it.
 
-    Its key is the module's name, as in `code`: a module that is held out is so in both, so that no
-    held-out source has its docstrings in the training text. Nothing is imported.
+    >>> is_validation("abc", 0.72), is_validation("abc", 0.73)      # the hash of abc is at 0.728
+    (False, True)
     """
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for module in code():
-        tree = ast.walk(ast.parse(module.row["text"]))
-        docstrings = [ast.get_docstring(node) for node in tree if isinstance(node, documented)]
-        yield module._replace(row={"text": "\n\n".join(filter(None, docstrings))})
-    topics = LIBRARY / "pydoc_data" / "topics.py"
-    if topics.exists():             # what help("assert") shows: one dict, {topic: text}
-        for topic, text in ast.literal_eval(ast.parse(topics.read_bytes()).body[0].value).items():
-            yield Record(f"topic {topic}", 1, {"text": text}, key=f"topic {topic}")
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def optional(module: str) -> Any:
-    """Import what only some sources need."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"it needs {module.partition('.')[0]}: pip install -e '.[hub]'") from None
-
-
-def find(source: str) -> tuple[str, dict[str, int]]:
-    """The name and the files, with their sizes, of NAME=PATH, NAME=hub:DATASET or a ready NAME."""
-    name, _, place = source.partition("=")
-    place = place or READY.get(name, "")
-    if not re.fullmatch(r"\w[\w.-]*", name) or not place:
-        raise ValueError(f"source {source!r} is neither NAME=PATH nor one of {', '.join(READY)}")
-    if place.startswith(("hub:", "python:")):
-        return name, {place: 0}
-    root = Path(place).expanduser()
-    paths = root.rglob("*") if root.is_dir() else [root]
-    # Sorted, so that the order of the documents depends on nothing but the names.
-    found = sorted(p.as_posix() for p in paths if p.name.endswith(PLAIN + ROWS) and p.is_file())
-    if not found:
-        raise ValueError(f"source {name}: {root} neither is nor holds a file of the kinds "
-                         f"{', '.join(PLAIN + ROWS)}")
-    return name, {path: os.path.getsize(path) for path in found}
-
-
-def read(source: str, file: str) -> Iterator[Record]:
-    """The documents of one of a source's files, one after another, in bounded memory."""
-    try:
-        if file.startswith("python:"):
-            yield from {"general": general, "code": code}[source]()
-        elif file.startswith("hub:"):
-            splits = optional("datasets").load_dataset(
-                file.removeprefix("hub:"), data_dir=FOLDER.get(source), streaming=True)
-            # Other splits are for other purposes; without a train split, all are languages, say.
-            chosen = ["train"] if "train" in splits else sorted(splits)
-            rows = itertools.chain.from_iterable(splits[split] for split in chosen)
-            yield from (Record(file, line, row) for line, row in enumerate(rows, 1))
-        else:
-            with open(file, "rb") as raw:
-                for line, row in file_rows(file, raw):
-                    yield Record(file, line, row, read=raw.tell())
-    except Exception as error:      # each library has its own for a damaged file
-        raise ValueError(f"source {source}: cannot read {file}: {error}") from error
-
-
-def file_rows(name: str, raw: BinaryIO) -> Iterator[tuple[int, dict | bytes]]:
-    """The (line, row) of a file. A .txt or .py file is cut, at the next line's end, into documents
-    of 32 KiB or 1 MiB: a single book must be able to give both splits, a source is better whole."""
-    if name.endswith(PLAIN):
-        size, line = 1 << (20 if name.endswith(".py") else 15), 1
-        # An invalid byte becomes a lone surrogate, which makes this document a bad record.
-        text = io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="")
-        while part := text.read(size):
-            part += text.readline(size)
-            yield line, {"text": part}
-            line += part.count("\n")
-    elif name.endswith(".parquet"):
-        file = optional("pyarrow.parquet").ParquetFile(raw, buffer_size=1 << 20)
-        rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
-        yield from enumerate(rows, 1)
-    else:
-        stream: Any = raw
-        if name.endswith(".gz"):
-            stream = gzip.open(raw)
-        elif name.endswith(".zst"):
-            decompressor = optional("zstandard").ZstdDecompressor()
-            stream = io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True))
-        # A line of more than 16 MiB is cut, and so makes bad records instead of filling the memory.
-        for line, content in enumerate(iter(lambda: stream.readline(1 << 24), b""), 1):
-            if not content.isspace():
-                yield line, content
-
-
-def text_of(record: Record, source: str, field: str | None) -> str:
+def text_of(record: Record, source: str, span: Span, field: str | None) -> str:
     """The record's text, "" if its source leaves it out; ValueError says why there is none."""
-    fields = [field] if field else ["text", "content"]
+    fields, row = [field] if field else ["text", "content"], record.row
     try:
-        row = json.loads(record.row) if isinstance(record.row, bytes) else record.row
+        if isinstance(row, bytes):
+            row = row.decode()
+            row = {fields[0]: row} if span.file.endswith(PLAIN) else json.loads(row)
         if source in LEFT_OUT and LEFT_OUT[source](row):
             return ""
         text = next(row[name] for name in fields if name in row)
-        text.encode()               # a lone surrogate is no text: UnicodeEncodeError
+        text.encode()               # fails for half of a surrogate pair, which JSON can spell
         return text
     except KeyError as error:
         reason = f"no field {error}, which says what {source} leaves out"
     except (TypeError, AttributeError, StopIteration):
         reason = f"no text in {' or '.join(fields)}"
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
+        record = record._replace(line=record.line + error.object.count(b"\n", 0, error.start))
     except (ValueError, RecursionError) as error:
         reason = str(error)
-    raise ValueError(f"{record.file}, line {record.line}: {reason}")
+    raise ValueError(f"{span.file}, line {record.line + lines_before(span)}: {reason}")
 
 
 def texts(sources: Iterable[str], field: str | None = None) -> Iterator[str]:
-    """All texts of the sources, for train_bpe."""
-    return (text_of(record, source, field) for source, files in map(find, sources)
-            for file in files for record in read(source, file))
+    """All texts of the sources, one after another, for train_bpe."""
+    for name, files in (find(source, Counter()) for source in sources):
+        for source, spans in cut_parts({name: files}):
+            for span in spans:
+                for record in read(name, span, field):
+                    yield text_of(record, name, span, field)
 
 
-# --------------------------------------------------------------------------------- prepare
+# ------------------------------------------------------------------------------ preparing
 
-SPLITS = ("train", "val")
-BATCH = 1 << 20                     # bytes of records that a worker gets at a time
-PAUSE = 10                          # seconds between progress lines; a killed run loses as much
-
-
-class Batch(NamedTuple):
-    """Work for one process."""
-
-    source: str
-    records: list[Record]
-    end: list[int]                  # what follows begins in this file, behind so many records
-    read: int                       # bytes of all sources that are read by now
+def part_file(folder: Path, part: int, kind: str) -> Path:
+    return folder / "parts" / f"{part:06}.{kind}"
 
 
-def is_validation(key: str, fraction: float) -> bool:
-    """Whether a document is held out: its hash decides, so no run and no order changes it."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
-
-
-def batches(found: dict[str, dict[str, int]], state: dict) -> Iterator[Batch]:
-    """Group what `state` has not noted yet to about BATCH bytes, one source after another."""
-    before = 0
-    for source, files in found.items():
-        begin, records, size = state["sources"][source]["end"], [], 0
-        for i, (file, length) in enumerate(files.items()):
-            for done, record in enumerate(read(source, file) if i >= begin[0] else (), 1):
-                if [i, done] <= begin:
-                    continue
-                records.append(record)
-                size += len(record.row if isinstance(record.row, bytes) else str(record.row))
-                if size >= BATCH:
-                    yield Batch(source, records, [i, done], before + record.read)
-                    records, size = [], 0
-            before += length
-        yield Batch(source, records, [len(files), 0], before)
-
-
-@functools.lru_cache(1)             # a worker reads it once; sending it along would take longer
+@functools.lru_cache(1)             # each worker reads it once
 def worker_tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def encode_batch(folder: Path, field: str | None, val_fraction: float,
-                 batch: Batch) -> tuple[dict[str, tuple[bytes, Counter]], list[str]]:
-    """What the worker processes do: for each split the batch's tokens, as they are stored, and how
-    many documents, tokens and UTF-8 bytes (without END); a message for each record without text."""
+def encode_part(folder: Path, val_fraction: float, field: str | None, max_bad: int, part: int,
+                source: str, spans: list[Span]) -> tuple[int, list[str]]:
+    """Write the tokens of a part of a source; return their number, and a message for each record
+    without text. Worker processes do this, each for one part at a time.
+
+    The messages are written last: a part that has a file of them is complete.
+    """
     tokenizer, bad = worker_tokenizer(folder), []
-    ids, counts = {split: [] for split in SPLITS}, {split: Counter() for split in SPLITS}
-    for record in batch.records:
-        try:
-            text = text_of(record, batch.source, field)
-        except ValueError as error:
-            bad.append(str(error))
-            continue
-        if text:
-            split = "val" if is_validation(record.key or text, val_fraction) else "train"
-            tokens = [*tokenizer.encode(text), tokenizer.eos_id]
-            ids[split] += tokens
-            counts[split].update(documents=1, tokens=len(tokens), bytes=len(text.encode()))
-    return {split: (np.array(ids[split], tokenizer.dtype).tobytes(), counts[split])
-            for split in SPLITS}, bad
-
-
-def start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it ends, even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def in_order(pool: ProcessPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator:
-    """Each item with its result, made in parallel, with at most `ahead` of them in memory."""
-    pending: deque = deque()
-    for item in items:
-        pending.append((item, pool.submit(work, item)))
-        if len(pending) == ahead:
-            item, result = pending.popleft()
-            yield item, result.result()
-    yield from ((item, result.result()) for item, result in pending)
-
-
-def tokenize(found: dict[str, dict[str, int]], state: dict, out: Path, work: Callable,
-             max_bad: int) -> None:
-    """Append to each SOURCE.SPLIT.bin what `state` says is missing, and keep the state on disk."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    total, first = sum(sum(files.values()) for files in found.values()), None
-    start = shown = time.monotonic()
-    done: Counter = Counter()                               # tokens and bytes, by this run
-    with room_for(out), ExitStack() as stack:
-        bins = {(source, split): stack.enter_context(open(out / f"{source}.{split}.bin", "ab"))
-                for source in found for split in SPLITS}
-        for (source, split), file in bins.items():          # cut what came after the last note
-            size = state["sources"][source][split]["tokens"] * np.dtype(state["dtype"]).itemsize
-            if file.tell() < size:
-                raise ValueError(f"{file.name} has lost tokens that progress.json counts: delete "
-                                 f"{out} and prepare it again")
-            file.truncate(size)
-        pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=start_worker))
-        for batch, (parts, bad) in in_order(pool, work, batches(found, state), 3 * workers):
-            entry = state["sources"][batch.source]
-            for message in bad:
-                entry["bad"] += 1
-                if sum(other["bad"] for other in state["sources"].values()) > max_bad:
-                    raise ValueError(f"{message}; that makes more than {max_bad} bad records")
-                print(f"skipped {message}", file=sys.stderr)
-            for split, (tokens, counts) in parts.items():
-                bins[batch.source, split].write(tokens)
-                done.update(counts)
-                for unit, n in counts.items():
-                    entry[split][unit] += n
-            entry["end"], now = batch.end, time.monotonic()
-            first = batch.read if first is None else first
-            due = now - shown >= PAUSE
-            if not due and batch.end[0] < len(found[batch.source]):
+    records = ((span, record) for span in spans for record in read(source, span, field))
+    with ExitStack() as stack:
+        files = [stack.enter_context(whole_file(part_file(folder, part, split)))
+                 for split in SPLITS]
+        for span, record in records:
+            try:
+                text = text_of(record, source, span, field)
+            except ValueError as error:
+                bad.append(str(error))
+                check_bad(bad, max_bad)
                 continue
-            for split in SPLITS:                            # the tokens, then the note of them
-                bins[batch.source, split].flush()
-                os.fsync(bins[batch.source, split])
-            write_atomically(out / "progress.json", json.dumps(state, indent=1).encode())
-            if due:
-                took, shown = now - start, now
-                left = (total - batch.read) * took / max(batch.read - first, 1) / 60
-                print(f"{batch.source}: {done['bytes'] / took / 1e6:.1f} MB/s, "
-                      f"{done['tokens'] / took / 1e3:.0f}k tokens/s, "
-                      f"{f'{left:.1f} min' if total else '?'} left", file=sys.stderr)
+            if text:
+                tokens = [*tokenizer.encode(text), tokenizer.eos_id]
+                file = files[is_validation(record.key or text, val_fraction)]
+                file.write(np.array(tokens, tokenizer.dtype).tobytes())
+        size = sum(file.tell() for file in files)
+    write_whole(part_file(folder, part, "bad"), [f"{message}\n".encode() for message in bad])
+    return size // np.dtype(tokenizer.dtype).itemsize, bad
 
 
 def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
             val_fraction: float = 0.05, field: str | None = None, max_bad: int = 100) -> None:
-    """Tokenize sources into the folder `out`; the same call continues what was interrupted.
+    """Tokenize sources into the folder `out`. After an interruption, the same call goes on.
 
     sources: as on the command line, NAME=PATH or NAME. val_fraction: the share of documents that
     is held out. field: where a row has its text, if not in "text" or "content". max_bad: how many
     records without text are skipped, each with a message, before one is an error.
 
-    The folder gets the tokenizer's files, SOURCE.SPLIT.bin and, last, manifest.json. Until then,
-    progress.json says how much of each .bin is valid and which record comes next; what lies behind
-    that is cut off, so the bytes are the same wherever a run was killed.
+    The sources are cut into parts. The tokens of each part are written to files of their own, on
+    all cores; in the end these are joined to SOURCE.SPLIT.bin, and manifest.json is written. So a
+    kill costs the parts that were being made, and the bytes are the same wherever it came. Until
+    the end, it takes the space of the tokens twice.
     """
-    import fcntl                    # here, so that without POSIX the rest of this file works
-    sources = list(sources)
-    out, found = Path(out).expanduser(), dict(map(find, sources))
+    sources, out, skipped = list(sources), Path(out).expanduser(), Counter()
+    found = dict(find(source, skipped) for source in sources)
     if not found or len(found) < len(sources):
         raise ValueError("expected one or more sources, each with a name of its own")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"the validation share must be at least 0 and below 1, not {val_fraction}")
-    # What the tokens depend on. A folder that was made of anything else is not touched.
-    sizes = [(source, [(Path(file).name, size) for file, size in files.items()])
-             for source, files in found.items()]
-    facts = json.dumps([tokenizer.sha256, val_fraction, field, sizes])
-    state = {"fingerprint": hashlib.sha256(facts.encode()).hexdigest(),
-             "tokenizer": tokenizer.sha256, "dtype": tokenizer.dtype,
-             "sources": {source: {"end": [0, 0], "bad": 0} | {
-                 split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-                 for source in found}}
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)    # a second run waits for the first, and finds it done
-        for note in (out / "manifest.json", out / "progress.json"):
-            if note.exists():
-                old = json.loads(note.read_bytes())
-                if old.get("fingerprint") != state["fingerprint"]:
-                    raise ValueError(f"{out} was prepared from other sources or with other "
-                                     "options: delete it or choose another folder")
-                if note.name == "manifest.json":
-                    return
-                state = old
-        for left in out.glob("*.tmp"):                      # by a run that was killed
-            left.unlink()
-        tokenizer.save(out)
-        work = functools.partial(encode_batch, out, field, val_fraction)
-        tokenize(found, state, out, work, max_bad)
-        if empty := [s for s, entry in state["sources"].items() if not entry["train"]["tokens"]]:
-            raise ValueError(f"source {empty[0]} has no text to train on")
-        os.replace(out / "progress.json", out / "manifest.json")
+    parts = cut_parts(found)
+    plan = {"tokenizer": tokenizer.sha256, "val_fraction": val_fraction, "field": field} | {
+        f"{name}: {file}": facts for name, files in found.items() for file, facts in files.items()}
+    with claim(out):
+        out.mkdir(exist_ok=True)
+        check_plan(out, plan)
+        if not (out / "manifest.json").exists():
+            tokenizer.save(out)
+            work = functools.partial(encode_part, out, val_fraction, field, max_bad)
+            encode_parts(out, work, parts, max_bad)
+            join_parts(out, tokenizer, parts, list(found))
+        shutil.rmtree(out / "parts", ignore_errors=True)
+    if skipped:
+        print(f"skipped {in_words(skipped)}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------ corpus and loader
+# ------------------------------------------------------------------------------ loading
 
 class Corpus:
-    """One split of a prepared folder: a memory-mapped array of tokens for each source.
+    """One split of a prepared folder: for each source, an array of tokens that stays on the disk.
 
-    sources: the names to take, by default all. mix: {name: weight} instead, see Loader.
+    sources: the names to take, by default all.
     """
 
     def __init__(self, folder: str | Path, split: str = "train",
-                 sources: Iterable[str] | None = None, mix: dict[str, float] | None = None):
+                 sources: Iterable[str] | None = None):
         folder = Path(folder)
         if not (folder / "manifest.json").exists():
             raise ValueError(f"{folder} holds no finished data set (no manifest.json): make or "
                              "finish it with python data.py prepare")
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        self.tokenizer = load_tokenizer(folder)
+        self.folder, self.split, self.tokenizer = folder, split, load_tokenizer(folder)
         if self.tokenizer.sha256 != manifest["tokenizer"]:
             raise ValueError(f"{folder} was prepared with another tokenizer than the one that lies "
                              "in it now: put the old one back or prepare the data again")
-        self.folder, self.split, self.mix = folder, split, mix
-        self.sources = list(mix or sources or manifest["sources"])
+        self.sources = list(sources or manifest["sources"])
         if unknown := [name for name in self.sources if name not in manifest["sources"]]:
             raise ValueError(f"{folder} has no source {', '.join(unknown)}, but "
                              f"{', '.join(manifest['sources'])}")
@@ -593,226 +395,489 @@ class Corpus:
         return self._tokens[source]
 
     def blocks(self, source: str, block: int) -> np.ndarray:
-        """A source cut into blocks of block + 1 tokens (inputs, and the same shifted by one), which
-        are the rows of batches: (N, T + 1). What is left over at its end is in none."""
+        """A source cut into blocks of block + 1 tokens, (N, T + 1): a model reads all but the last
+        and predicts all but the first. The tokens that are left over at the end are in none."""
         tokens = self._tokens[source]
         return tokens[:len(tokens) // (block + 1) * (block + 1)].reshape(-1, block + 1)
 
 
-def scramble(x: int) -> int:
-    """A hash of 64-bit integers (the end of splitmix64): each bit depends on all of them."""
-    x %= 1 << 64
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
-    x = (x ^ x >> 27) * 0x94D049BB133111EB % (1 << 64)
-    return x ^ x >> 31
-
-
-def permute(index: int, n: int, seed: int, epoch: int) -> int:
-    """Where the random permutation of range(n) for this seed and epoch sends `index`.
-
-    A Feistel network halves the bits and, round by round, XORs a hash of one half onto the other:
-    a step that can be undone, whatever the hash, so the whole is a permutation, of range(4**h).
-    What lands at n or above is sent on until it lands below (its cycle began there, so it ends).
-    Computed when asked for, it needs no table of what may be billions of blocks.
-    """
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    key = scramble(scramble(seed) + epoch)
-    while True:
-        left, right = divmod(index, 1 << half)
-        for round_ in range(6):
-            noise = scramble(scramble(key + round_) + right) % (1 << half)
-            left, right = right, left ^ noise
-        index = left << half | right
-        if index < n:
-            return index
-
-
-def timetable(weights: list[float]) -> list[tuple[int, int]]:
-    """For each turn of a period, whose it is, and how many that source has had: [(source, had)].
-
-    Over any number of turns, in any number of periods, each source has had its weight's share,
-    turns[s] / period, to within less than one turn. Its turn number n + 1 comes at n * period /
-    turns[s] at the earliest and, at the latest, one such interval later. Serving the earliest
-    deadline first keeps all deadlines, as the shares add up to one (Liu and Layland).
-    """
-    fractions = [Fraction(str(weight)) for weight in weights]
-    if not fractions or min(fractions) <= 0:
-        raise ValueError(f"mixing weights must be positive, got {weights}")
-    scale = math.lcm(*(fraction.denominator for fraction in fractions))
-    turns = [int(fraction * scale) for fraction in fractions]
-    period = sum(turns)
-    if period > 100_000:
-        raise ValueError(f"mixing weights {weights} have too many digits: use two or three")
-    had, table = [0] * len(turns), []
-    for now in range(period):
-        ready = [s for s, n in enumerate(had) if n * period // turns[s] <= now]
-        turn = min(ready, key=lambda s: -(-(had[s] + 1) * period // turns[s]))
-        table.append((turn, had[turn]))
-        had[turn] += 1
-    return table
-
-
 class Loader:
-    """Batches as a pure function of (step, rank, world).
+    """Batches as a pure function of (step, rank, world): to resume is to ask for the next step.
 
-    Row i of a step is number g = step * batch + i of an endless sequence. It runs through the
-    blocks of all sources in a random order, then in another one, and so on; an epoch may end inside
-    a batch. So every block comes once an epoch, sources mix by their sizes, and the number of ranks
-    does not change a step.
+    The blocks of all sources are numbered. Each epoch is a permutation of these numbers, and the
+    epochs form one endless row of them, of which each step takes the next `batch`, and each rank
+    its share. So every block comes once an epoch, sources mix by their sizes, and the number of
+    ranks does not change a step. An epoch may end inside a batch.
 
-    With corpus.mix, each source is such a sequence, and a timetable says whose turn it is.
+    Seven blocks in batches of four rows, on two ranks (seed 0):
+
+                 rank 0       rank 1
+        step 0   blocks 2 4   blocks 3 6
+        step 1   blocks 5 0   blocks 1 1
+        step 2   blocks 3 6   blocks 0 4
+
+    The second epoch begins with the last row of step 1.
     """
 
     def __init__(self, corpus: Corpus, block: int, batch: int, seed: int):
         self.block, self.rows, self.seed = block, batch, seed
-        mix = corpus.mix or {"data": 1}
-        groups = [[name] for name in mix] if corpus.mix else [corpus.sources]
-        self.sequences = [[corpus.blocks(name, block) for name in group] for group in groups]
-        self.lengths = [sum(map(len, sequence)) for sequence in self.sequences]
-        self.blocks_per_epoch = sum(self.lengths)
-        for name, length in zip(mix, self.lengths):
-            if not length:
-                raise ValueError(f"{corpus.folder} has too little {name} in its {corpus.split} "
-                                 f"split for one block of {block + 1} tokens: add text, or choose "
-                                 "a shorter block")
-        self.table = timetable(list(mix.values()))
-        self.turns = Counter(sequence for sequence, _ in self.table)
+        self.sources = [corpus.blocks(name, block) for name in corpus.sources]
+        self.ends = np.cumsum([len(blocks) for blocks in self.sources])
+        self.blocks_per_epoch = int(self.ends[-1])
+        self.epoch, self.order = -1, np.empty(0)
+        if not self.blocks_per_epoch:
+            raise ValueError(f"{corpus.folder} has too little text in its {corpus.split} split for "
+                             f"one block of {block + 1} tokens: add text, or choose a shorter "
+                             "block")
+
+    def numbers(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
+        """The numbers of the blocks that `rank` reads in a step."""
+        if self.rows % world:
+            raise ValueError(f"a batch of {self.rows} rows cannot be split between {world} ranks")
+        share, n, numbers = self.rows // world, self.blocks_per_epoch, []
+        first = step * self.rows + rank * share
+        for epoch, place in (divmod(i, n) for i in range(first, first + share)):
+            if epoch != self.epoch:             # only the current epoch's order is kept
+                rng = np.random.default_rng([self.seed, epoch])
+                self.epoch, self.order = epoch, rng.permutation(np.arange(n, dtype=np.uint32))
+            numbers.append(int(self.order[place]))
+        return numbers
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """The rows of `rank` in a step, int64, (B / world, T + 1)."""
-        if self.rows % world:
-            raise ValueError(f"a batch of {self.rows} rows cannot be split between {world} ranks")
-        share = self.rows // world
-        result = np.empty((share, self.block + 1), np.int64)
-        for i in range(share):
-            period, now = divmod(step * self.rows + rank * share + i, len(self.table))
-            s, had = self.table[now]
-            epoch, index = divmod(period * self.turns[s] + had, self.lengths[s])
-            index = permute(index, self.lengths[s], self.seed, epoch)
-            for blocks in self.sequences[s]:
-                if index < len(blocks):
-                    break
-                index -= len(blocks)
-            result[i] = blocks[index]
-        return result
+        rows = []
+        for number in self.numbers(step, rank, world):
+            source = np.searchsorted(self.ends, number, side="right")
+            rows.append(self.sources[source][number - self.ends[source]])
+        return np.stack(rows).astype(np.int64)
 
 
-# --------------------------------------------------------- tokenizers in files, and Llama-2's
+# ======================= From here on: what makes it practical. You can stop reading. =============
 
-def read_tiktoken(content: bytes) -> Tokenizer:
-    """Read a .tiktoken file: lines of a token in base64 and its rank."""
-    lines = [line.split() for line in content.splitlines()]
-    tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
-    if [int(rank) for _, rank in lines] != list(range(len(lines))):
-        raise ValueError("its ranks are not 0, 1, 2, ...")
-    if tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens):
-        raise ValueError("it does not list the 256 bytes first and every token once")
-    return Tokenizer(tokens)
+MIB, SHARD = 1 << 20, 64 << 20       # a shard on the Hub counts as 64 MiB
+PAUSE = 10                          # seconds between two lines of progress
 
 
-def byte_level_json(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Our tokenizer's files for transformers."""
-    # JSON has no bytes. GPT-2 writes them as Latin-1, and from U+0100 on those without a glyph.
-    glyphs = dict(zip([*range(33), *range(127, 161), 173], itertools.count(256)))
-    names = {token.decode("latin-1").translate(glyphs): rank
-             for token, rank in tokenizer.ranks.items()}
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
-             "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
-                  "use_regex": False}
-    pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    return hugging_face_files(names | {END: tokenizer.eos_id}, names, {END: True},
-                              {"pre_tokenizer": pre_tokenizer, "decoder": byte_level},
-                              eos_token=END)
+def check_bad(messages: list[str], limit: int) -> None:
+    if len(messages) > limit:
+        raise ValueError(f"{messages[-1]}; that makes more than {limit} bad records")
 
 
-def hugging_face_files(vocab: dict[str, int], ranks: Iterable[str], added: dict[str, bool],
-                       parts: dict[str, Any], **roles: str) -> dict[str, bytes]:
-    """tokenizer.json and its config, for transformers' AutoTokenizer.
+def in_words(counts: Counter) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
 
-    ranks: the tokens that merging makes, in its order; added: the others -> are they special?
 
-    It wants the pairs that were merged, in order. They are found again by merging each token's own
-    characters with the ranks below its own: the last two parts are the pair.
+@contextmanager
+def one_sentence(problem: str) -> Iterator[None]:
+    """Turn any error into one sentence: each library has its own for a damaged file."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ImportError):
+            reason = f"it needs {error.name}: pip install -e '.[hub]'"
+        raise ValueError(f"{problem}: {reason}") from error
+
+
+def check_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Note what a folder is made of, or refuse to go on if it is made of something else."""
+    path = folder / "plan.json"
+    if not path.exists():
+        write_whole(path, [json.dumps(plan, indent=1).encode()])
+    old = json.loads(path.read_bytes())
+    changed = [fact for fact in old | plan if old.get(fact) != plan.get(fact)]
+    if changed:
+        raise ValueError(f"{changed[0]} has changed since {folder} was prepared: delete that "
+                         "folder or choose another one")
+
+
+def start_worker() -> None:
+    """End without a word at Ctrl-C, and when the parent ends, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def encode_parts(folder: Path, work: Callable, parts: list[tuple[str, list[Span]]],
+                 max_bad: int) -> None:
+    """Make the parts that are missing, on all cores."""
+    for orphan in folder.glob("parts/*.tmp"):               # left by a run that was killed
+        orphan.unlink()
+    reports = [part_file(folder, i, "bad") for i in range(len(parts))]
+    bad = [line for path in reports if path.exists() for line in path.read_text().splitlines()]
+    check_bad(bad, max_bad)
+    missing = [i for i, path in enumerate(reports) if not path.exists()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    tokens, start, shown = 0, time.monotonic(), time.monotonic()
+    pool = ProcessPoolExecutor(cores, initializer=start_worker)
+    try:
+        futures = [pool.submit(work, i, *parts[i]) for i in missing]
+        for n, future in enumerate(as_completed(futures), 1):
+            size, messages = future.result()
+            for message in messages:
+                print(f"skipped {message}", file=sys.stderr)
+            bad, tokens, now = bad + messages, tokens + size, time.monotonic()
+            check_bad(bad, max_bad)
+            if now - shown > PAUSE:
+                shown, rate = now, tokens / (now - start)
+                print(f"{n} of {len(missing)} parts, {rate / 1e3:.0f}k tokens/s, "
+                      f"{(len(missing) - n) * (now - start) / n / 60:.1f} min left",
+                      file=sys.stderr)
+    except BrokenProcessPool:
+        raise ValueError("a worker process was killed, probably because the memory was full: free "
+                         "some or use fewer cores (taskset -c 0,1 python data.py ...) and run the "
+                         "same command again; what was finished is kept") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def join_parts(folder: Path, tokenizer: Tokenizer, parts: list[tuple[str, list[Span]]],
+               sources: list[str]) -> None:
+    """Join the parts to one file for each source and split, and write the manifest."""
+    counts: dict[str, dict] = {name: {} for name in sources}
+    for name, split in itertools.product(sources, SPLITS):
+        paths = [part_file(folder, i, split) for i, part in enumerate(parts) if part[0] == name]
+        write_whole(folder / f"{name}.{split}.bin", (path.read_bytes() for path in paths))
+        size = sum(path.stat().st_size for path in paths)
+        counts[name][split] = {"tokens": size // np.dtype(tokenizer.dtype).itemsize}
+        if split == "train" and not size:
+            raise ValueError(f"source {name} has no text to train on")
+    manifest = {"tokenizer": tokenizer.sha256, "dtype": tokenizer.dtype, "sources": counts}
+    write_whole(folder / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+
+
+# ------------------------------------------------------------------------------ sources in files
+
+PLAIN = (".txt", ".md", ".rst", ".py")
+SPANNED = (*PLAIN, ".jsonl")                                # can be read from the middle
+KINDS = (*SPANNED, ".jsonl.gz", ".jsonl.zst", ".parquet")
+COLUMNS = ("text", "content", "meta")
+NOT_CODE = {"site-packages", "dist-packages",               # folders left out: other people's,
+            "test", "tests", "idle_test",                   # tests, with broken examples,
+            "encodings", "pydoc_data"}                      # tables
+TOPICS = LIBRARY / "pydoc_data" / "topics.py"               # what help("assert") shows
+BOM, LFS = b"\xef\xbb\xbf", b"version https://git-lfs.github.com/spec/"
+
+
+def find(source: str, skipped: Counter) -> tuple[str, dict[str, list[int]]]:
+    """The name of a source and its files: {file: [bytes, time of the last change]}."""
+    name, _, place = source.partition("=")
+    place = place or READY.get(name, "")
+    if not re.fullmatch(r"\w[\w.-]*", name) or not place:
+        raise ValueError(f"source {source!r} is neither NAME=PATH nor one of {', '.join(READY)}")
+    if place.startswith("hub:"):
+        return name, {place: [len(hub_shards(place, name)) * SHARD, 0]}
+    root = Path(place).expanduser()
+    if root == LIBRARY:
+        files = python_files(name)
+    else:
+        reasons = {path: unfit(path) for path in (walk(root) if root.is_dir() else [str(root)])}
+        skipped.update(filter(None, reasons.values()))
+        # Sorted, so that the order of the documents depends on nothing but the names.
+        files = sorted(path for path, reason in reasons.items() if not reason)
+    if not files:
+        raise ValueError(f"source {name}: {root} neither is nor holds a file of the kinds "
+                         f"{', '.join(KINDS)} (skipped: {in_words(skipped) or 'none'})")
+    stats = [os.stat(file) for file in files]
+    return name, {file: [stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats)}
+
+
+def walk(root: Path) -> Iterator[str]:
+    """The files in a folder. Folders that are linked are followed, each folder once."""
+    seen, unreadable = set(), []
+    for folder, folders, names in os.walk(root, onerror=unreadable.append, followlinks=True):
+        folders.sort()
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+        else:
+            yield from (os.path.join(folder, name) for name in names)
+        seen.add(os.path.realpath(folder))
+    yield from (error.filename for error in unreadable)
+
+
+def unfit(path: str) -> str:
+    """Why a file is not read, "" if it is."""
+    folder, name = os.path.split(path)
+    if name.startswith("._"):
+        return "AppleDouble files"
+    if folder.endswith(".ipynb_checkpoints"):
+        return "files in .ipynb_checkpoints"
+    if not os.path.exists(path):
+        return "dangling links"
+    if os.path.isfile(path) and not path.endswith(KINDS):
+        return "files of other kinds"
+    try:
+        with open(path, "rb") as file:
+            return "git-lfs pointers" if file.read(len(LFS)) == LFS else ""
+    except OSError:
+        return "unreadable files or folders"
+
+
+def cut_parts(found: dict[str, dict[str, list[int]]]) -> list[tuple[str, list[Span]]]:
+    """Group small files, and cut large ones, into parts of about one size: 1 MiB to 64 MiB."""
+    total = sum(size for files in found.values() for size, _ in files.values())
+    part_size, parts = min(max(total // 1000 // MIB, 1) * MIB, SHARD), []
+    for source, files in found.items():
+        spans = [Span(file, start, min(start + step, size)) for file, (size, _) in files.items()
+                 for step in [part_size if file.endswith(SPANNED) else
+                              SHARD if file.startswith("hub:") else max(size, 1)]
+                 for start in range(0, size, step)]
+        ends = itertools.accumulate(span.stop - span.start for span in spans)
+        groups = itertools.groupby(zip(spans, ends), lambda pair: (pair[1] - 1) // part_size)
+        parts += [(source, [span for span, _ in group]) for _, group in groups]
+    return parts
+
+
+def read(source: str, span: Span, field: str | None = None) -> Iterator[Record]:
+    """The documents of a span, one after another: no more than one is in memory."""
+    with one_sentence(f"source {source}: cannot read {span.file}"):
+        if span.file.startswith("hub:"):
+            data, shard = hub_shards(span.file, source)[span.start // SHARD]
+            rows = data.shard(data.num_shards, shard)
+            yield from (Record(i, row) for i, row in enumerate(rows, 1))
+        elif source in ("general", "code") and LIBRARY in Path(span.file).parents:
+            yield from python_records(source, Path(span.file))
+        else:
+            with open(span.file, "rb") as raw:
+                yield from (parquet_records(raw, field) if span.file.endswith(".parquet")
+                            else line_records(span, raw))
+
+
+def parquet_records(raw: BinaryIO, field: str | None) -> Iterator[Record]:
+    import pyarrow.parquet
+    file = pyarrow.parquet.ParquetFile(raw, buffer_size=MIB)
+    columns = [name for name in file.schema_arrow.names if name in (field, *COLUMNS)]
+    batches = file.iter_batches(256, columns=columns, use_threads=False)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    yield from (Record(i, row) for i, row in enumerate(rows, 1))
+
+
+def line_records(span: Span, stream: Any) -> Iterator[Record]:
+    """The lines of a .jsonl file. A text file's documents are the lines that begin in one stretch
+    of 32 KiB, so that a single book gives both splits; code is better whole: 1 MiB."""
+    at, line, stop = span.start, 1, span.stop if span.file.endswith(SPANNED) else sys.maxsize
+    if span.file.endswith(".gz"):
+        stream = gzip.open(stream)
+    elif span.file.endswith(".zst"):
+        import zstandard
+        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+        stream = io.BufferedReader(reader)
+    stretch = MIB if span.file.endswith(".py") else MIB // 32 if span.file.endswith(PLAIN) else 1
+    if at:                          # the line before belongs to the span before
+        stream.seek(at - 1)
+        at += len(stream.readline(stop - at + 1)) - 1
+    while at < stop:
+        # Up to the stretch's last byte, and then to the end of the line that this byte is in.
+        row = stream.read(stretch - at % stretch - 1) + stream.readline()
+        if not row:
+            break
+        if row.strip():
+            yield Record(line, row if at else row.removeprefix(BOM))
+        at, line = at + len(row), line + row.count(b"\n")
+
+
+def lines_before(span: Span) -> int:
+    """How many lines of a file come before its span: counted only for an error message."""
+    count = at = 0
+    if span.start and not span.file.startswith("hub:"):
+        with open(span.file, "rb") as file:
+            while at < span.start:
+                at, count = at + len(file.readline()), count + 1
+    return count
+
+
+@functools.lru_cache
+def hub_shards(place: str, source: str) -> list[tuple[Any, int]]:
+    """The shards of a data set on the Hub: (its split, number of the shard in it)."""
+    with one_sentence(f"source {source}: cannot read {place}"):
+        import datasets
+        splits = datasets.load_dataset(place.removeprefix("hub:"), streaming=True,
+                                       data_dir=HUB_FOLDER.get(source))
+    # Other splits are for other purposes; without a train split, all are languages, say.
+    chosen = ["train"] if "train" in splits else sorted(splits)
+    return [(splits[name], i) for name in chosen for i in range(splits[name].num_shards)]
+
+
+def python_files(source: str) -> list[str]:
+    """The running Python's standard library, about 10 MB of code; its docstrings are 2 MB."""
+    files = [path for path in LIBRARY.rglob("*.py")
+             if not NOT_CODE.intersection(path.relative_to(LIBRARY).parts)
+             and not path.name.startswith("_sysconfigdata")]
+    if source == "general" and TOPICS.exists():
+        files.append(TOPICS)
+    return sorted(map(str, files))
+
+
+def python_records(source: str, path: Path) -> Iterator[Record]:
+    """One document: a module's source for "code", its docstrings for "general".
+
+    The split goes by the module's name: a module that is held out is so in both, so that no
+    held-out source has its docstrings in the training text. Nothing is imported.
     """
-    ranks, merges = {name: rank for rank, name in enumerate(ranks)}, []
-    for name, rank in ranks.items():
-        pair = list(name)
-        while len(pair) > 2:
-            i = min(range(len(pair) - 1), key=lambda i: ranks.get(pair[i] + pair[i + 1], rank))
-            pair[i:i + 2] = [pair[i] + pair[i + 1]]
-        if len(pair) == 2:
-            merges.append(pair)
-    model = {"type": "BPE", "byte_fallback": "<0x00>" in vocab, "vocab": vocab, "merges": merges}
-    flags = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
-    tokens = [{"id": vocab[text], "content": text, "special": special, **flags}
-              for text, special in added.items()]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles,
-              "clean_up_tokenization_spaces": False}
-    return {"tokenizer.json": json.dumps({"version": "1.0", "added_tokens": tokens, "model": model,
-                                          **parts}, ensure_ascii=False).encode(),
-            "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+    text, key = path.read_text("utf-8", errors="replace"), str(path.relative_to(LIBRARY))
+    if path == TOPICS:              # one dict, {topic: text}
+        for topic, text in ast.literal_eval(ast.parse(text).body[0].value).items():
+            yield Record(1, text.encode(), f"topic {topic}")
+        return
+    if source == "general":
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+        text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+    yield Record(1, text.encode(), key)
 
+
+# ------------------------------------------------------------------------------ tokenizer files
+
+GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+# JSON has no bytes: GPT-2 writes them as Latin-1, and from U+0100 on those that have no glyph.
+GLYPHS = dict(zip([*range(33), *range(127, 161), 173], itertools.count(256)))
+BYTES = {glyph: byte for byte, glyph in GLYPHS.items()}
+TOKENIZER_JSON = """{
+    "version": "1.0",
+    "added_tokens": [{"special": true, "normalized": false, "single_word": false,
+                      "lstrip": false, "rstrip": false}],
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {}, "behavior": "Isolated", "invert": false},
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false,
+         "use_regex": false}]},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false,
+                "use_regex": false},
+    "model": {"type": "BPE"}}"""
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                   "vocab.json", "merges.txt")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer.model or tokenizer.json, or the one in a folder or in a run's checkpoint."""
+    path = checkpoint_folder(path)
+    if path.is_dir():
+        path = next((path / name for name in READERS if (path / name).exists()), path)
+    kind = f"tokenizer{path.suffix}"
+    if not path.is_file() or kind not in READERS:
+        raise ValueError(f"{path} is no tokenizer: expected {' or '.join(READERS)}, or a folder "
+                         "with one of them (python data.py train-tokenizer makes one)")
+    with one_sentence(f"{path} cannot be used as a tokenizer"):
+        paths = {name: path.with_name(name) for name in TOKENIZER_FILES} | {kind: path}
+        return READERS[kind]({name: p.read_bytes() for name, p in paths.items() if p.exists()})
+
+
+def refuse(unsupported: Iterable[str]) -> None:
+    if names := ", ".join(unsupported):
+        raise ValueError(f"not supported: {names}")
+
+
+def read_roles(files: dict[str, bytes], ids: dict[str, int], **defaults: Any) -> dict[str, Any]:
+    """The special tokens that tokenizer_config.json names, or else the defaults."""
+    config = defaults | json.loads(files.get("tokenizer_config.json", b"{}"))
+    eos, bos = (config[role]["content"] if isinstance(config[role], dict) else config[role]
+                for role in ("eos_token", "bos_token"))
+    if eos not in ids:
+        raise ValueError(f"its end-of-text token is {eos!r}: tokenizer_config.json must name one "
+                         "of its tokens as eos_token")
+    add_bos = config["add_bos_token"]
+    add_bos = defaults["add_bos_token"] if add_bos is None else add_bos
+    return {"eos_id": ids[eos], "bos_id": ids.get(bos), "add_bos": bool(add_bos and bos in ids)}
+
+
+def write_tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict[str, bytes]:
+    """The files of a byte-level tokenizer, as transformers and `read_tokenizer_json` read them."""
+    tokens = [*(bytes([b]) for b in range(256)), *(left + right for left, right in merges)]
+    name = {token: token.decode("latin-1").translate(GLYPHS) for token in tokens}
+    content, config = json.loads(TOKENIZER_JSON), {"eos_token": END, "add_bos_token": False}
+    content["added_tokens"][0] |= {"id": len(tokens), "content": END}
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PATTERN
+    content["model"]["vocab"] = {name[token]: i for i, token in enumerate(tokens)}
+    content["model"]["merges"] = [[name[left], name[right]] for left, right in merges]
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return {"tokenizer.json": json.dumps(content, ensure_ascii=False).encode(),
+            "tokenizer_config.json": json.dumps(config).encode()}
+
+
+def word_pattern(pre_tokenizer: dict[str, Any]) -> str:
+    """The pattern with which tiktoken cuts a text into the same words."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    match [{"use_regex": True} | step for step in steps]:
+        case [*digits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            match digits:
+                case []:
+                    return GPT2
+                case [{"type": "Digits", "individual_digits": True}]:
+                    # Each digit is a word, and is the end of the text before it.
+                    return GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\S", r"[^\s\p{N}]")
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+               "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return pattern
+    raise ValueError(f"not supported: the pre_tokenizer {json.dumps(pre_tokenizer)}")
+
+
+def read_tokenizer_json(files: dict[str, bytes]) -> Tokenizer:
+    """Read a byte-level tokenizer.json, such as GPT-2's, Llama-3's, SmolLM2's and our own.
+
+    It lists pairs to merge; tiktoken merges any pair that makes a token. For lists that training
+    made, that is the same: only the listed pair ever comes about.
+    """
+    content = json.loads(files["tokenizer.json"])
+    model, added = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise ValueError(f"its model is {model['type']} and not byte-level (if byte_fallback: it "
+                         "needs the tokenizer.model that it was made from beside it)")
+    refuse([key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+            if model.get(key)] + ["normalizer"] * bool(content.get("normalizer"))
+           + [token["content"] for token in content["added_tokens"] if not token["special"]])
+    ids = model["vocab"] | added
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError("its ids are not 0, 1, 2, ...")
+    token_of = {name: b"" if name in added else name.translate(BYTES).encode("latin-1")
+                for name in sorted(ids, key=ids.get)}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged = [ids[left + right] for left, right in merges]
+    if merged != sorted(merged):
+        raise ValueError("its ids do not follow the order of its merges")
+    # tiktoken looks a word up before it merges; a tokenizer.json only with ignore_merges.
+    known = set(merged) if not model.get("ignore_merges") else set(ids.values())
+    ranks = {token: ids[name] for name, token in token_of.items()
+             if len(token) == 1 or token and ids[name] in known}
+    if sum(len(token) == 1 for token in ranks) < 256:
+        raise ValueError("it has no tokens for all 256 bytes")
+    template = json.dumps(content.get("post_processor"))    # what it puts around a text
+    first = re.search(r'"single": \[{"SpecialToken": {"id": ("[^"]*")', template)
+    defaults = {"eos_token": END, "bos_token": first and json.loads(first[1]),
+                "add_bos_token": bool(first)}
+    tokenizer = Tokenizer([*token_of.values()], ranks, word_pattern(content["pre_tokenizer"] or {}),
+                          files, **read_roles(files, ids, **defaults))
+    sample = "".join(map(chr, range(0x3000)))
+    if tokenizer.decode(tokenizer.encode(sample)) != sample:
+        raise ValueError("its pattern leaves out characters")
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------ SentencePiece
 
 SPACE = "\u2581"                                            # SentencePiece's visible space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)    # its types of pieces
+SENTENCEPIECE = ((2, 3, 1, 2, "a model other than BPE"),    # part, field, default, needed, or else
+                 (2, 35, 0, 1, "no byte fallback"),
+                 (2, 24, 0, 0, "spaces as suffixes"),
+                 (3, 2, b"", b"", "normalization rules"),
+                 (3, 3, 1, 1, "no space put in front"),
+                 (3, 4, 1, 0, "removal of extra spaces"),
+                 (3, 5, 1, 1, "spaces that are not escaped"))
 
 
+@dataclass(eq=False)
 class SentencePiece(Tokenizer):
-    """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken.
+    """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken."""
 
-    SentencePiece merges characters, the best score first, and spells what it does not know in
-    bytes; tiktoken merges bytes, the lowest rank first. They agree when the ranks are, in order:
-    the 256 bytes; the first bytes of the vocabulary's multi-byte characters; those characters; the
-    other pieces by score. Runs of SPACE share one score in Llama-2, and SentencePiece then merges
-    leftmost first, which is what longest first gives. Last, ranks become ids.
-    """
-
-    def __init__(self, pieces: list[tuple[str, float, int]], bos: int | None, eos: int,
-                 model: bytes | None = None):
-        """pieces: (text, score, type) by id; model: the tokenizer.model file, to save it again."""
-        self.vocabulary, self.model = pieces, model
-        ids = {kind: {text: i for i, (text, _, k) in enumerate(pieces) if k == kind}
-               for kind in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE)}
-        normal, spelled = ids[NORMAL], {int(text[3:5], 16): i for text, i in ids[BYTE].items()}
-        if len(spelled) < 256 or not 0 <= eos < len(pieces):
-            raise ValueError("the vocabulary has no 256 byte pieces (byte fallback), or no EOS")
-        if crossing := [text for text in normal if SPACE in text.lstrip(SPACE)]:
-            raise ValueError(f"pieces with a space after another character, as {crossing[0]!r}, "
-                             "are not supported")
-        characters = sorted(text.encode() for text in normal if len(text) == 1)
-        starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
-        ranks = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:])]
-        merged = sorted((text for text in normal if len(text) > 1),
-                        key=lambda text: (-pieces[normal[text]][1], -len(text)))
-        # No piece has SPACE after another character, so no merge crosses the border before it.
-        pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
-        # tiktoken looks a whole pre-token up before it merges, and so finds even a piece that no
-        # merges lead to. Such pieces (with a NUL behind them they fall apart) get no rank.
-        trial = Tokenizer(ranks + [text.encode() for text in merged], pattern)
-        self.merged = [text for i, text in enumerate(merged, len(ranks))
-                       if trial.encode(text + "\0") == [i, 0]]
-        super().__init__(ranks + [text.encode() for text in self.merged], pattern)
-
-        self.bos_id, self.eos_id = bos, eos
-        self.pieces = [b"" if kind in (UNKNOWN, CONTROL) else bytes([int(text[3:5], 16)])
-                       if kind == BYTE else text.replace(SPACE, " ").encode()
-                       for text, _, kind in pieces]
-        of_piece = {text.encode(): (i,) for text, i in normal.items()}
-        self.ids = [of_piece.get(token) or tuple(spelled[b] for b in token) for token in self.ranks]
-        # User-defined pieces are cut out of the text before merging, the longest first.
-        self.fixed = ids[USER_DEFINED]
-        longest_first = sorted(self.fixed, key=len, reverse=True)
-        self.cut = re.compile("(%s)" % "|".join(map(re.escape, longest_first)))
-        self.added = {text: kind != USER_DEFINED
-                      for kind in (UNKNOWN, CONTROL, USER_DEFINED) for text in ids[kind]}
+    ids: list[tuple[int, ...]] = field(default_factory=list)    # those of each rank
+    fixed: dict[str, int] = field(default_factory=dict)         # cut out before merging
 
     def encode(self, text: str) -> list[int]:
-        if not text:
-            return []
-        text = SPACE + text.replace(" ", SPACE)
         ids: list[int] = []
-        for part in self.cut.split(text) if self.fixed else [text]:
+        text = SPACE + text.replace(" ", SPACE) if text else ""
+        longest_first = "|".join(map(re.escape, sorted(self.fixed, key=len, reverse=True)))
+        for part in re.split(f"({longest_first})", text) if self.fixed else [text]:
             if part in self.fixed:
                 ids.append(self.fixed[part])
             else:
@@ -821,24 +886,47 @@ class SentencePiece(Tokenizer):
         return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """A whole text, without the space that encode puts in front."""
+        """A whole text, without the space that encode puts in front (and not as a byte)."""
         tokens = [token for token in tokens if self.decode_bytes([token])]
         text = super().decode(tokens)
-        return text[1:] if tokens and self.vocabulary[tokens[0]][0].startswith(SPACE) else text
+        return text[1:] if text.startswith(" ") and (tokens[0],) != self.ids[0x20] else text
 
-    def files(self) -> dict[str, bytes]:
-        vocab = {text: i for i, (text, _, _) in enumerate(self.vocabulary)}
-        decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                    {"type": "ByteFallback"}, {"type": "Fuse"},
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-        normalizers = [{"type": "Prepend", "prepend": SPACE},
-                       {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        return ({"tokenizer.model": self.model} if self.model else {}) | hugging_face_files(
-            vocab, self.merged, self.added,
-            {"decoder": {"type": "Sequence", "decoders": decoders},
-             "normalizer": {"type": "Sequence", "normalizers": normalizers}},
-            **{role: self.vocabulary[i][0] for role, i in roles.items() if i is not None})
+
+def sentencepiece_tokenizer(vocabulary: list[tuple[str, float, int]], files: dict[str, bytes],
+                            **roles: Any) -> SentencePiece:
+    """vocabulary: (text, score, type) by id.
+
+    SentencePiece merges characters, the best score first, and spells what it does not know in
+    bytes; tiktoken merges bytes, the lowest rank first. They agree when the ranks are, in order:
+    the 256 bytes; the first bytes of the vocabulary's multi-byte characters; those characters; the
+    other pieces by score. Runs of SPACE share one score in Llama-2, and SentencePiece then merges
+    leftmost first, which is the same as longest first. At the end, ranks become ids.
+    """
+    of_kind = {kind: {text: i for i, (text, _, k) in enumerate(vocabulary) if k == kind}
+               for kind in (NORMAL, USER_DEFINED, BYTE)}
+    normal, spelled = of_kind[NORMAL], [i for _, i in sorted(of_kind[BYTE].items())]
+    if any(SPACE in text.lstrip(SPACE) for text in normal):
+        raise ValueError("pieces with a space after another character are not supported")
+    characters = sorted(text.encode() for text in normal if len(text) == 1)
+    starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
+    tokens = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:])]
+    merged = sorted((text for text in normal if len(text) > 1),
+                    key=lambda text: (-vocabulary[normal[text]][1], -len(text)))
+    # No piece has SPACE after another character, so no merge crosses the border before it.
+    pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
+    # tiktoken looks a whole word up before it merges, and so finds even a piece that no merges
+    # lead to. Such pieces, which fall apart when a NUL follows, get no rank.
+    ranks = {token: i for i, token in enumerate(tokens + [text.encode() for text in merged])}
+    trial = Tokenizer([], ranks, pattern, {}, 0)
+    tokens += [text.encode() for text in merged
+               if trial.encode(text + "\0") == [ranks[text.encode()], 0]]
+    pieces = [b"" if kind in (UNKNOWN, CONTROL) else bytes([int(text[3:5], 16)])
+              if kind == BYTE else text.replace(SPACE, " ").encode()
+              for text, _, kind in vocabulary]
+    id_of = {text.encode(): (i,) for text, i in normal.items()}
+    ids = [id_of.get(token) or tuple(spelled[b] for b in token) for token in tokens]
+    return SentencePiece(pieces, {token: i for i, token in enumerate(tokens)}, pattern, files,
+                         **roles, ids=ids, fixed=of_kind[USER_DEFINED])
 
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -860,100 +948,56 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
         yield number, stream.read(size)
 
 
-def read_sentencepiece(model: bytes) -> SentencePiece:
-    """Read a tokenizer.model: sentencepiece_model.proto's ModelProto, as far as it matters here."""
-    pieces, parts = [], {2: {}, 3: {}}
-    for number, value in protobuf_fields(model):
+def read_sentencepiece(files: dict[str, bytes]) -> SentencePiece:
+    """Read a tokenizer.model (sentencepiece_model.proto's ModelProto, as far as it matters here)
+    and the tokens that tokenizer_config.json adds to it."""
+    pieces, parts = [], {2: {}, 3: {}}                      # 2 trainer, 3 normalizer
+    for number, value in protobuf_fields(files["tokenizer.model"]):
         if number == 1:                                     # pieces: 1 text, 2 score, 3 type
             piece = dict(protobuf_fields(value))
             score = np.frombuffer(piece.get(2, bytes(4)), "<f4").item()
             pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
         elif number in parts:
             parts[number] = dict(protobuf_fields(value))
-    trainer, normalizer = parts.values()
-    unsupported = {
-        "a model other than BPE": trainer.get(3, 1) != 2,
-        "no byte fallback": not trainer.get(35),
-        "spaces as suffixes": trainer.get(24),
-        "normalization rules": normalizer.get(2),
-        "no space put in front": not normalizer.get(3, 1),
-        "removal of extra spaces": normalizer.get(4, 1),
-        "spaces that are not escaped": not normalizer.get(5, 1),
-        "unused pieces": any(kind == UNUSED for _, _, kind in pieces),
-    }
-    if found := [name for name, present in unsupported.items() if present]:
-        raise ValueError(f"not supported: {', '.join(found)}")
-    bos, eos = trainer.get(41, 1), trainer.get(42, 2)
-    return SentencePiece(pieces, bos if bos < len(pieces) else None, eos, model)
+    refuse([name for part, number, default, expected, name in SENTENCEPIECE
+            if parts[part].get(number, default) != expected]
+           + ["unused pieces"] * any(kind == UNUSED for _, _, kind in pieces))
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    for i, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda t: int(t[0])):
+        text = token["content"].replace(" ", SPACE)
+        if int(i) == len(pieces):
+            pieces.append((text, 0, CONTROL if token["special"] else USER_DEFINED))
+        if pieces[int(i)][0] != text:
+            raise ValueError(f"tokenizer_config.json says that {i} is {text!r}, and not "
+                             f"{pieces[int(i)][0]!r}")
+    ids, trainer = {text: i for i, (text, _, _) in enumerate(pieces)}, parts[2]
+    names = dict(enumerate(ids))
+    roles = read_roles(files, ids, bos_token=names.get(trainer.get(41, 1)), add_bos_token=True,
+                       eos_token=names.get(trainer.get(42, 2)))
+    return sentencepiece_tokenizer(pieces, files, **roles)
 
 
-def read_tokenizer_json(content: bytes) -> SentencePiece:
-    """Read a tokenizer.json of Llama-2's family, where merges have an order instead of scores."""
-    tokenizer = json.loads(content)
-    model = tokenizer["model"]
-    before = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
-    if not model.get("byte_fallback") or not re.search('"(Prepend|first|always)"', before):
-        raise ValueError("not of Llama-2's family: no byte fallback, or no space put in front")
-    # In Llama-2 itself, runs of SPACE have the lowest score. transformers 5 forgets that when it
-    # converts a tokenizer.model, and splits "a  b" otherwise than the models have learnt.
-    llama2 = {2 * SPACE: 259, 16 * SPACE: 462}.items() <= model["vocab"].items()
-    scores: dict[str, float] = {}
-    for i, merge in enumerate(model["merges"]):             # "a b" in old files, ["a", "b"] in new
-        text = "".join(merge.split(" ") if isinstance(merge, str) else merge)
-        scores.setdefault(text, -math.inf if llama2 and not text.strip(SPACE) else -i)
-    added = {token["content"]: token for token in tokenizer["added_tokens"]}
-    vocab = model["vocab"] | {text: token["id"] for text, token in added.items()}
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError("its ids are not 0, 1, 2, ...")
-
-    def kind(text: str) -> int:
-        if text in added:
-            return CONTROL if added[text]["special"] else USER_DEFINED
-        if re.fullmatch("<0x[0-9A-F]{2}>", text):
-            return BYTE
-        return NORMAL if len(text) == 1 or text in scores else UNUSED
-
-    pieces = [(text, scores.get(text, 0), kind(text)) for text in sorted(vocab, key=vocab.get)]
-    return SentencePiece(pieces, vocab.get("<s>"), vocab["</s>"])
+READERS = {"tokenizer.model": read_sentencepiece,           # the first that a folder has is taken
+           "tokenizer.json": read_tokenizer_json}
 
 
-READERS = {"tokenizer.tiktoken": read_tiktoken, "tokenizer.model": read_sentencepiece,
-           "tokenizer.json": read_tokenizer_json}           # the first that a folder has is taken
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer's file, or the one in a folder."""
-    path = checkpoint_folder(path)
-    if path.is_dir():
-        path = next((path / name for name in READERS if (path / name).exists()), path)
-    read = READERS.get(f"tokenizer{path.suffix}")
-    if not path.is_file() or not read:
-        raise ValueError(f"{path} is no tokenizer: expected {', '.join(READERS)}, or a folder with "
-                         "one of them (python data.py train-tokenizer makes one)")
-    try:
-        return read(path.read_bytes())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path} cannot be used as a tokenizer: {reason}") from None
-
-
-# --------------------------------------------------------------------------------- benchmarks
+# ------------------------------------------------------------------------------ benchmarks
 
 # evaluate.py's tasks on the Hub: data set, configuration, the split that is scored, and the one
 # that examples are drawn from.
-BENCHMARKS = {
-    "sciq": ("allenai/sciq", None, "test", "train"),
-    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", "train"),
-    "piqa": ("baber/piqa", None, "validation", "train"),
-    "wsc": ("aps/super_glue", "wsc.fixed", "validation", "train"),
-    "mmlu": ("cais/mmlu", "all", "test", "dev"),
-    "lambada_openai": ("EleutherAI/lambada_openai", "default", "test"),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", "train"),
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", "train"),
-    "logiqa": ("EleutherAI/logiqa", "logiqa", "test", "train"),
-    "hellaswag": ("Rowan/hellaswag", None, "validation", "train"),
-    "humaneval": ("openai/openai_humaneval", None, "test"),
-}
+BENCHMARKS = {name: facts for name, *facts in map(str.split, """
+sciq            allenai/sciq                default         test        train
+winogrande      allenai/winogrande          winogrande_xl   validation  train
+piqa            baber/piqa                  default         validation  train
+wsc             aps/super_glue              wsc.fixed       validation  train
+mmlu            cais/mmlu                   all             test        dev
+lambada_openai  EleutherAI/lambada_openai   default         test
+arc_easy        allenai/ai2_arc             ARC-Easy        test        train
+arc_challenge   allenai/ai2_arc             ARC-Challenge   test        train
+logiqa          EleutherAI/logiqa           logiqa          test        train
+hellaswag       Rowan/hellaswag             default         validation  train
+humaneval       openai/openai_humaneval     default         test
+""".strip().splitlines())}
 
 
 def fetch(task: str, out: str | Path) -> None:
@@ -963,22 +1007,22 @@ def fetch(task: str, out: str | Path) -> None:
         raise ValueError(f"unknown task {task!r}: expected all or one of {', '.join(BENCHMARKS)}")
     for name in BENCHMARKS if task == "all" else [task]:
         path, config, *splits = BENCHMARKS[name]
-        place = {"name": config}
+        place: dict[str, Any] = {"name": None if config == "default" else config}
         if name == "logiqa":        # a program, which datasets no longer runs: the Hub's conversion
             place = {"data_dir": config, "revision": "refs/convert/parquet"}
         for split in splits:
-            file = "HumanEval.jsonl.gz" if name == "humaneval" else f"{split}.jsonl"
-            try:                    # streamed: no split is downloaded that is not asked for
-                rows = optional("datasets").load_dataset(path, split=split, streaming=True, **place)
+            with one_sentence(f"cannot fetch {name} from {path}"):
+                import datasets
+                # Streamed, so that no other split is downloaded.
+                rows = datasets.load_dataset(path, split=split, streaming=True, **place)
                 content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            except Exception as error:                      # each layer below has its own
-                reason = " ".join(str(error).split())       # in one line
-                raise ValueError(f"cannot fetch {name} from {path}: {reason}") from error
-            write_atomically(Path(out).expanduser() / name / file,
-                             gzip.compress(content) if file.endswith(".gz") else content)
+            file = f"{split}.jsonl"
+            if name == "humaneval":
+                file, content = "HumanEval.jsonl.gz", gzip.compress(content)
+            write_whole(Path(out).expanduser() / name / file, [content])
 
 
-# --------------------------------------------------------------------------- files of all scripts
+# ------------------------------------------------------------------------------ files
 
 def check_writable(path: str | Path) -> Path:
     """The path of a file that is to be written later: ValueError now rather than after hours."""
@@ -996,27 +1040,77 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
-def write_whole(path: str | Path, chunks: Iterable[bytes]) -> None:
-    """Write a file under a temporary name, sync it to the disk, then rename it.
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say which file a full disk (or a limit on sizes) stopped, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"could not write {path} ({error.strerror}): free some space and run the "
+                         "same command again, or choose another folder; what was there before is "
+                         "unchanged") from None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name only when it is complete and on the disk.
 
     A crash at any moment leaves the old file or the new one, never a part of one.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"could not write {path} ({error.strerror}): free some space or choose "
-                         "another folder; what was there before is unchanged") from None
+
+
+def write_whole(path: str | Path, chunks: Iterable[bytes]) -> None:
+    """Write a file that is there whole or not at all."""
+    with whole_file(Path(path)) as file:
+        file.writelines(chunks)
+
+
+@contextmanager
+def claim(folder: str | Path) -> Iterator[None]:
+    """Within it, this process alone writes in a folder: a file beside it, FOLDER.lock, names the
+    owner, since not every file system has locks. ValueError if there is another owner; one that
+    died on this computer owns nothing any more."""
+    lock, here = Path(f"{folder}.lock"), platform.node()
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        host, pid = lock.read_text().split()
+        if host == here and not is_running(int(pid)):
+            lock.unlink(missing_ok=True)
+    except (OSError, ValueError):   # nobody has claimed it, or it cannot be told who
+        pass
+    try:
+        with open(lock, "x") as file:                       # fails if it exists
+            file.write(f"{here} {os.getpid()}")
+    except FileExistsError:
+        raise ValueError(f"another run writes in {folder} (computer and process: "
+                         f"{lock.read_text()}): wait for it, or choose another name; if it is "
+                         f"gone, delete {lock}") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether another process has this number."""
+    try:
+        os.kill(pid, 0)             # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:         # another user's
+        pass
+    return pid != os.getpid()
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -1032,43 +1126,10 @@ def checkpoint_folder(path: str | Path) -> Path:
     return max(steps, key=lambda step: int(step.name[5:]))
 
 
-@contextmanager
-def claim(folder: str | Path) -> Iterator[None]:
-    """Within it this process alone writes in a folder: a file beside it, FOLDER.lock, names the
-    owner. ValueError if that is another one; one that died on this machine owns nothing more."""
-    lock, here = Path(f"{folder}.lock"), [socket.gethostname(), str(os.getpid())]
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(2):
-        try:
-            with open(lock, "x") as file:       # made here, or FileExistsError: on any file system
-                file.write(" ".join(here))
-            break
-        except FileExistsError:
-            host, pid = (lock.read_text().split() + ["?", "?"])[:2]
-            if attempt or host != here[0] or pid.isdecimal() and pid != here[1] and alive(int(pid)):
-                raise ValueError(f"{folder} is in use by process {pid} on {host}: wait for it, or "
-                                 f"choose another name; if it is gone, remove {lock}") from None
-            lock.unlink(missing_ok=True)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:             # another user's
-        pass
-    return True
-
-
-# --------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------ command line
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train-tokenizer", help="learn a byte-level BPE vocabulary")
     train.add_argument("--vocab-size", type=int, default=4096)
@@ -1076,15 +1137,16 @@ def main(argv: list[str] | None = None) -> None:
     tokenize.add_argument("--tokenizer", required=True, help="a tokenizer's file or folder")
     tokenize.add_argument("--val-fraction", type=float, default=0.05, help="documents held out")
     tokenize.add_argument("--max-bad", type=int, default=100, help="bad records to skip")
-    for command in (train, tokenize):
-        command.add_argument("--source", action="append", required=True, metavar="NAME[=PATH]",
-                             help=f"NAME=file or folder ({', '.join(PLAIN + ROWS)}), or "
-                                  f"NAME=hub:DATASET, or {', '.join(READY)}")
-        command.add_argument("--field", help="where a row has its text, if not in text or content")
     rows = commands.add_parser("fetch", help="download the rows of evaluate.py's tasks")
     rows.add_argument("task", help=f"all, or one of {', '.join(BENCHMARKS)}")
     for command in (train, tokenize, rows):
         command.add_argument("--out", required=True, help="folder to write")
+        if command is rows:
+            continue
+        command.add_argument("--source", action="append", required=True, metavar="NAME[=PATH]",
+                             help=f"NAME=file or folder ({', '.join(KINDS)}), or "
+                                  f"NAME=hub:DATASET, or {', '.join(READY)}")
+        command.add_argument("--field", help="where a row has its text, if not in text or content")
     args = parser.parse_args(argv)
     try:
         if args.command == "train-tokenizer":
@@ -1097,7 +1159,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\ndata.py: interrupted; the same command continues\n")
+        parser.exit(130, "\ndata.py: interrupted; the same command goes on\n")
 
 
 if __name__ == "__main__":

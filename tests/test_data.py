@@ -4,18 +4,21 @@
 """
 
 import errno
+import functools
 import gzip
 import itertools
 import json
 import os
+import platform
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
+from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +26,6 @@ import numpy as np
 import pytest
 
 import data
-import evaluate
 
 ROOT = Path(data.__file__).parent
 
@@ -62,29 +64,43 @@ def documents(folder: Path, split: str, source: str = "a") -> list[str]:
 
 
 @pytest.fixture
-def small_batches(monkeypatch):
-    """Batches of 1000 bytes, and a note after each of them: many borders in little text."""
-    monkeypatch.setattr(data, "BATCH", 1000)
-    monkeypatch.setattr(data, "PAUSE", 0)
+def small_parts(monkeypatch):
+    """Parts of 1000 bytes: many borders in little text."""
+    monkeypatch.setattr(data, "MIB", 1000)
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_bytes())
 
 
 # ------------------------------------------------------------------------------- documents
 
 
-def test_the_embedded_corpus_is_the_standard_library_and_nothing_else():
-    code = list(data.code())
-    names = [record.file for record in code]
-    assert names == sorted(names) and len(names) > 300, "the order is not that of the names"
-    assert "argparse.py" in names and "asyncio/tasks.py" in names
-    bad = [n for n in names if {"site-packages", "test", "tests"} & set(n.split("/"))]
-    assert not bad, f"{bad[:3]} are not sources of the standard library"
-    assert sum(len(record.row["text"]) for record in code) > 5_000_000
-    assert code == list(data.code()), "a second look finds another corpus"
+def embedded(source: str) -> dict[str, str]:
+    """The built-in sources, by key."""
+    files = data.find(source, Counter())[1]
+    return {record.key: record.row.decode() for file, (size, _) in files.items()
+            for record in data.read(source, data.Span(file, 0, size))}
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, str]:
+    return embedded("code")
 
 
 @pytest.fixture(scope="module")
 def general() -> dict[str, str]:
-    return {record.key: record.row["text"] for record in data.general()}
+    return embedded("general")
+
+
+def test_the_embedded_corpus_is_the_standard_library_and_nothing_else(code):
+    files = list(data.find("code", Counter())[1])
+    assert files == sorted(files) and len(code) > 300, "the order is not that of the names"
+    assert "argparse.py" in code and "asyncio/tasks.py" in code
+    bad = [n for n in code if {"site-packages", "test", "tests"} & set(n.split("/"))]
+    assert not bad, f"{bad[:3]} are not sources of the standard library"
+    assert sum(map(len, code.values())) > 5_000_000
+    assert code == embedded("code"), "a second look finds another corpus"
 
 
 def test_the_general_corpus_is_docstrings_and_help_topics_without_importing(general):
@@ -94,9 +110,9 @@ def test_the_general_corpus_is_docstrings_and_help_topics_without_importing(gene
     assert sum(map(len, general.values())) > 1_000_000
 
 
-def test_a_held_out_module_is_held_out_of_both_embedded_sources(general):
+def test_a_held_out_module_is_held_out_of_both_embedded_sources(code, general):
     modules = {key for key in general if not key.startswith("topic")}
-    assert modules == {record.key for record in data.code()}, (
+    assert modules == set(code), (
         "the same module has another key in the other source, so that docstrings of held-out "
         "sources can be in the training text")
 
@@ -129,11 +145,12 @@ def test_every_kind_of_file_gives_its_documents(bpe, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table(rows), folder / "d.parquet")
     (folder / "e.py").write_text("def f():\r\n    return 'é'\n", newline="")
     (folder / "f.txt").write_text("a short text")
-    (folder / "g.md").write_text("of no known kind")
+    (folder / "g.md").write_text("# a title\n")
+    (folder / "h.rst").write_text("a title\n=======")
     data.prepare([f"a={tmp_path / 'in'}"], bpe, tmp_path / "out", val_fraction=0)
     expected = [story(10 * k + i) for k in range(4) for i in range(3)]
     assert documents(tmp_path / "out", "train") == expected + [
-        "def f():\r\n    return 'é'\n", "a short text"]
+        "def f():\r\n    return 'é'\n", "a short text", "# a title\n", "a title\n======="]
 
 
 def test_a_long_text_becomes_documents_of_whole_lines(bpe, tmp_path):
@@ -144,6 +161,123 @@ def test_a_long_text_becomes_documents_of_whole_lines(bpe, tmp_path):
     assert all(parts), "one book gives no validation split"
     assert sum(map(len, itertools.chain(*parts))) == len(text)
     assert all(part in text and part.endswith("\n") for part in itertools.chain(*parts))
+
+
+def test_where_a_file_is_cut_into_parts_changes_no_document(bpe, tmp_path, monkeypatch):
+    """Lines of all lengths, also empty ones and some that are longer than a part."""
+    rng = random.Random(0)
+    lines = ["word " * rng.choice((0, 0, 1, 5, 50, 500)) + "é" * rng.randrange(3)
+             for _ in range(2000)]
+    (tmp_path / "book.txt").write_text("\n".join(lines))
+    write_jsonl(tmp_path / "rows.jsonl", range(300))
+    expected = None
+    for size in (1 << 20, 1 << 15, 5 << 15):
+        monkeypatch.setattr(data, "cut_parts", functools.partial(cut, size=size))
+        out = tmp_path / f"out{size}"
+        data.prepare([f"a={tmp_path / 'book.txt'}", f"b={tmp_path / 'rows.jsonl'}"], bpe, out, 0)
+        found = documents(out, "train"), documents(out, "train", "b")
+        expected = expected or found
+        assert found == expected, f"parts of {size} bytes give other documents"
+    assert "".join(expected[0]) == "\n".join(lines) and len(expected[0]) > 10
+    assert expected[1] == [story(i) for i in range(300)]
+    for size in range(90, 130):     # rows may be cut anywhere
+        spans = [data.Span(str(tmp_path / "rows.jsonl"), i, i + size)
+                 for i in range(0, (tmp_path / "rows.jsonl").stat().st_size, size)]
+        rows = [record.row for span in spans for record in data.read("b", span)]
+        assert b"".join(rows) == (tmp_path / "rows.jsonl").read_bytes()
+
+
+def cut(found: dict, size: int) -> list:
+    return [(source, [data.Span(file, start, min(start + size, length))])
+            for source, files in found.items() for file, (length, _) in files.items()
+            for start in range(0, length, size)]
+
+
+def test_parts_have_about_one_size_and_hold_everything_once():
+    files = {f"{i}.py": [size, 0] for i, size in enumerate([100, 0, 3 << 20, 5] + [9000] * 999)}
+    files |= {"z.jsonl.gz": [9 << 20, 0], "hub:x/y": [3 * data.SHARD, 0]}
+    parts = data.cut_parts({"a": files})
+    spans = [span for source, part in parts for span in part]
+    assert {source for source, _ in parts} == {"a"}
+    for file, (size, _) in files.items():
+        own = [(span.start, span.stop) for span in spans if span.file == file]
+        assert sum(stop - start for start, stop in own) == size
+        assert [start for start, _ in own] == [0, *(stop for _, stop in own)][:len(own)]
+    sizes = [sum(span.stop - span.start for span in part) for _, part in parts]
+    assert max(sizes[:-4]) <= 2 << 20 and len(parts) < 20 and sizes[-3:] == [data.SHARD] * 3
+    huge = data.cut_parts({"a": {"x.txt": [10**12, 0]}})
+    assert max(span.stop - span.start for _, [span] in huge) == 64 << 20
+
+
+def test_a_byte_order_mark_is_no_text(bpe, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "row"}\n')
+    data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out", val_fraction=0, max_bad=0)
+    assert documents(tmp_path / "out", "train") == ["text", "row"]
+
+
+def test_a_line_of_any_length_is_read_and_the_next_ones_keep_their_numbers(bpe, tmp_path, capfd):
+    long = "word " * 4_000_000      # 20 MB, in parts of 1 MiB
+    (tmp_path / "x.jsonl").write_text("\n".join(
+        [json.dumps({"text": "a"}), json.dumps({"text": long}), "{", *["{}" + " " * 200_000] * 20]))
+    data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out", val_fraction=0, max_bad=1000)
+    assert documents(tmp_path / "out", "train") == ["a", long]
+    error = capfd.readouterr().err
+    assert all(f"x.jsonl, line {n}: " in error for n in range(3, 24)) and "line 24" not in error
+    assert "line 1:" not in error and "line 2:" not in error
+
+
+def test_only_the_text_column_of_a_parquet_file_is_read(bpe, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow (extra: hub) is not there")
+    import pyarrow
+    import pyarrow.parquet
+    dates = pyarrow.array([2**62, 5], pyarrow.int64()).cast(pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["one", "two"], "date": dates, "body": ["x", "y"]}),
+        tmp_path / "x.parquet")
+    data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out", val_fraction=0, max_bad=0)
+    assert documents(tmp_path / "out", "train") == ["one", "two"]
+    data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out2", 0, field="body", max_bad=0)
+    assert documents(tmp_path / "out2", "train") == ["x", "y"]
+
+
+def test_links_are_followed_once_and_what_is_left_out_is_counted(bpe, tmp_path, capfd):
+    folder, other = tmp_path / "in", tmp_path / "elsewhere"
+    for path, content in [
+            (folder / "a.txt", "a"), (other / "b.txt", "b"), (other / "deep" / "c.txt", "c"),
+            (folder / "._a.txt", "resource fork"), (folder / "picture.png", "png"),
+            (folder / ".ipynb_checkpoints" / "a-checkpoint.txt", "a, earlier"),
+            (folder / "lfs.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0")]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (folder / "link").symlink_to(other)
+    (folder / "link2").symlink_to(other / "deep")
+    (other / "loop").symlink_to(folder)
+    (folder / "file.txt").symlink_to(other / "b.txt")
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing.txt")
+    (folder / "gone").symlink_to(tmp_path / "nothing")
+    (folder / "locked.txt").write_text("x")
+    (folder / "locked").mkdir()
+
+    def unreadable(path, *args, real=open, **kwargs):
+        if str(path).endswith("locked.txt"):        # root may read everything
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *args, **kwargs)
+
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.open", unreadable)
+        patch.setattr(os, "scandir", scandir)
+        data.prepare([f"a={folder}"], bpe, tmp_path / "out", val_fraction=0, max_bad=0)
+    assert sorted(documents(tmp_path / "out", "train")) == ["a", "b", "b", "c"]
+    [line] = capfd.readouterr().err.splitlines()
+    assert line == ("skipped 1 AppleDouble files, 2 dangling links, 1 files in "
+                    ".ipynb_checkpoints, 1 files of other kinds, 1 git-lfs pointers, "
+                    "2 unreadable files or folders")
 
 
 def test_the_field_can_be_named(bpe, tmp_path):
@@ -220,15 +354,21 @@ def test_starcoder_python_is_the_python_folder(hub, bpe, tmp_path):
     assert sorted(kept) == sorted(map(story, range(10)))
 
 
-def test_ready_made_sources_name_amds_data_sets():
-    assert data.find("slimpajama") == ("slimpajama", {"hub:cerebras/SlimPajama-627B": 0})
-    assert data.find("gutenberg") == ("gutenberg", {"hub:manu/project_gutenberg": 0})
-    name, files = data.find("starcoder-python")
-    assert list(files) == ["hub:bigcode/starcoderdata"] and data.FOLDER[name] == "python"
+def test_ready_made_sources_name_amds_data_sets(hub, tmp_path, monkeypatch):
+    assert data.READY["slimpajama"] == "hub:cerebras/SlimPajama-627B"
+    assert data.READY["gutenberg"] == "hub:manu/project_gutenberg"
+    assert data.READY["starcoder-python"] == "hub:bigcode/starcoderdata"
+    assert data.HUB_FOLDER == {"starcoder-python": "python"}
+
+
+def test_a_data_set_that_is_not_there_is_one_sentence(hub, bpe, tmp_path):
+    with pytest.raises(ValueError, match="source x: cannot read hub:.*nothing") as error:
+        data.prepare([f"x=hub:{tmp_path / 'nothing'}"], bpe, tmp_path / "out")
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_extra_is_one_sentence(bpe, tmp_path, monkeypatch):
-    (tmp_path / "x.jsonl.zst").write_bytes(b"")
+    (tmp_path / "x.jsonl.zst").write_bytes(b"some")
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ValueError, match=r"needs zstandard: pip install -e '\.\[hub\]'"):
         data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out")
@@ -237,126 +377,246 @@ def test_a_missing_extra_is_one_sentence(bpe, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------- prepare
 
 
-def test_a_folder_holds_what_its_manifest_says(bpe, tmp_path, small_batches):
+def test_a_folder_holds_what_its_manifest_says(bpe, tmp_path, small_parts):
     write_jsonl(tmp_path / "in.jsonl", range(200))
     data.prepare([f"a={tmp_path / 'in.jsonl'}", "b=" + str(tmp_path / "in.jsonl")], bpe,
                  tmp_path / "out", val_fraction=0.1)
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
+    manifest = manifest_of(tmp_path / "out")
     assert manifest["tokenizer"] == bpe.sha256 and manifest["dtype"] == "uint16"
     for split in data.SPLITS:
         texts, entry = documents(tmp_path / "out", split), manifest["sources"]["a"][split]
-        assert entry["documents"] == len(texts) > 5
-        assert entry["bytes"] == sum(len(text.encode()) for text in texts)
+        assert len(texts) > 5
         assert entry["tokens"] == len(data.Corpus(tmp_path / "out", split).tokens("a"))
         assert all(data.is_validation(text, 0.1) == (split == "val") for text in texts)
         assert manifest["sources"]["b"][split] == entry
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == \
         sorted(map(story, range(200)))
+    assert not (tmp_path / "out" / "parts").exists(), "the parts take up the disk"
+
+
+def test_without_held_out_documents_the_validation_split_has_no_rows(bpe, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", range(20))
+    data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out", val_fraction=0)
+    corpus = data.Corpus(tmp_path / "out", "val")
+    assert corpus.blocks("a", 8).shape == (0, 9) and len(corpus.tokens("a")) == 0
+    with pytest.raises(ValueError, match="too little text in its val split"):
+        data.Loader(corpus, 8, 4, 0)
 
 
 def test_large_vocabularies_are_stored_in_32_bits(bpe, tmp_path):
     write_jsonl(tmp_path / "in.jsonl", range(5))
-    tokens = list(bpe.ranks) + [b"\xff%d" % i for i in range(70_000)]
-    data.prepare([f"a={tmp_path / 'in.jsonl'}"], data.Tokenizer(tokens), tmp_path / "out", 0)
+    pairs = [(bytes([a]), bytes([b])) for a in range(256) for b in range(128, 256)]
+    more = [(b"".join(pairs[-1]), b"".join(pair)) for pair in pairs]     # no text needs these
+    files = data.write_tokenizer_json([*pairs, *more])
+    data.prepare([f"a={tmp_path / 'in.jsonl'}"], data.read_tokenizer_json(files),
+                 tmp_path / "out", 0)
     assert documents(tmp_path / "out", "train") == [story(i) for i in range(5)]
 
 
-def test_a_killed_preparation_continues_to_the_same_bytes(bpe, tmp_path, small_batches):
+def test_a_killed_preparation_continues_to_the_same_bytes(bpe, tmp_path, monkeypatch):
+    """Stopped at each file that takes its name or goes, in the parent process or in a worker."""
+    monkeypatch.setattr(data, "MIB", 3000)
+    monkeypatch.setattr(data, "ProcessPoolExecutor", InThisProcess)
     for i in range(3):
-        write_jsonl(tmp_path / "in" / f"{i}.jsonl", range(100 * i, 100 * i + 60 + i))
+        write_jsonl(tmp_path / "in" / f"{i}.jsonl", range(100 * i, 100 * i + 30 + i))
     sources = [f"a={tmp_path / 'in'}", f"b={tmp_path / 'in' / '0.jsonl'}"]
     data.prepare(sources, bpe, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
-    for written in itertools.count(1, 3):       # stop at any file that takes its name
-        out, count = tmp_path / f"killed{written}", itertools.count(1)
+    for function in ("replace", "unlink"):
+        for written in itertools.count(1, 2):
+            out, count = tmp_path / f"killed at {function} {written}", itertools.count(1)
 
-        def replace(old, new, real=os.replace):
-            if next(count) == written:
-                raise KeyboardInterrupt
-            real(old, new)
+            def stop(*args, real=getattr(os, function), **kwargs):
+                if next(count) == written:
+                    raise KeyboardInterrupt
+                return real(*args, **kwargs)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "replace", replace)
-            try:
-                data.prepare(sources, bpe, out)
-                break                           # there are no more files
-            except KeyboardInterrupt:
-                assert not (out / "manifest.json").exists(), "an unfinished folder has a manifest"
-        data.prepare(sources, bpe, out)
-        assert contents(out) == expected, f"stopped at file {written}, the folder differs"
-    assert written > 25, "the test has no borders to stop at"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, function, stop)
+                try:
+                    data.prepare(sources, bpe, out)
+                    break                       # there are no more files
+                except KeyboardInterrupt:
+                    pass
+            data.prepare(sources, bpe, out)
+            assert contents(out) == expected, f"stopped at {function} {written}, it differs"
+        assert written > 15 or function == "unlink", "the test has no borders to stop at"
 
 
-def test_kill_9_leaves_no_process_and_loses_nothing_noted(bpe, tmp_path):
-    write_jsonl(tmp_path / "in.jsonl", range(3000), words=300)
+class InThisProcess:
+    """As a ProcessPoolExecutor, but a KeyboardInterrupt can be raised anywhere."""
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def shutdown(self, **options) -> None:
+        pass
+
+
+def command(tmp_path: Path, out: str, source: str, setup: str = "") -> list[str]:
+    script = f"import data, sys\n{setup}\ndata.main(sys.argv[1:])"
+    return [sys.executable, "-c", script, "prepare", "--source", f"a={tmp_path / source}",
+            "--tokenizer", str(tmp_path / "bpe"), "--out", str(tmp_path / out)]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+SLOW_PARTS = """
+data.MIB, encode = 20_000, data.encode_part
+def slow(*arguments):
+    data.time.sleep(0.05)
+    return encode(*arguments)
+data.encode_part = slow
+"""
+
+
+def finished_parts(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("parts/*.bad"))
+
+
+def stop_when(process: subprocess.Popen, out: Path, parts: int, number: signal.Signals,
+              group: bool = False) -> list[str]:
+    """Send a signal when so many parts are finished; returns the ids of the workers there were."""
+    while len(finished_parts(out)) < parts and process.poll() is None:
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = children.read_text().split() if children.exists() else []
+    assert workers or not parts, "found no worker process to watch"
+    (os.killpg if group else os.kill)(process.pid, number)
+    return workers
+
+
+def assert_gone(workers: list[str]) -> None:
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "worker processes outlive their parent"
+        time.sleep(0.02)
+
+
+def test_kill_9_leaves_no_process_and_costs_no_finished_part(bpe, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", range(700), words=300)
     bpe.save(tmp_path / "bpe")
-    script = "import data, sys; data.BATCH = 20_000; data.PAUSE = 0; data.main(sys.argv[1:])"
-    progress = tmp_path / "killed" / "progress.json"
-
-    def noted() -> int:
-        if not progress.exists():
-            return 0
-        return json.loads(progress.read_bytes())["sources"]["a"]["train"]["documents"]
-
-    def command(out: str) -> list[str]:
-        return [sys.executable, "-c", script, "prepare", "--source", f"a={tmp_path / 'in.jsonl'}",
-                "--tokenizer", str(tmp_path / "bpe"), "--out", str(tmp_path / out)]
-
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command("whole"), env=env, check=True)
-    for wanted in (0, 200, 1200):
-        before = noted()
-        process = subprocess.Popen(command("killed"), env=env)
-        while noted() < wanted and process.poll() is None:
-            time.sleep(0.002)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        workers = children.read_text().split() if children.exists() else []
-        assert workers or not wanted, "found no worker process to watch"
-        process.send_signal(signal.SIGKILL)
+    killed, whole = (command(tmp_path, out, "in.jsonl", SLOW_PARTS) for out in ("killed", "whole"))
+    subprocess.run(whole, env=ENVIRONMENT, check=True)
+    for parts in (0, 5, 20):
+        before = {path: path.stat().st_mtime_ns
+                  for path in (tmp_path / "killed").glob("parts/*.bad")}
+        process = subprocess.Popen(killed, env=ENVIRONMENT)
+        workers = stop_when(process, tmp_path / "killed", parts, signal.SIGKILL)
         process.wait()
-        assert noted() >= before, "what was finished before is done again"
-        deadline = time.monotonic() + 20
-        while any(Path(f"/proc/{worker}").exists() for worker in workers):
-            assert time.monotonic() < deadline, "worker processes outlive their killed parent"
-            time.sleep(0.02)
-    subprocess.run(command("killed"), env=env, check=True)
+        assert_gone(workers)
+        assert all(path.stat().st_mtime_ns == time for path, time in before.items()), (
+            "a part that was finished was made again")
+    assert (tmp_path / "killed.lock").exists(), "the test did not kill a run at work"
+    subprocess.run(killed, env=ENVIRONMENT, check=True)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole"), "the folders differ"
 
 
-def test_what_is_finished_is_not_read_again(bpe, tmp_path, small_batches, monkeypatch):
-    for i in range(3):
-        write_jsonl(tmp_path / "in" / f"{i}.jsonl", range(20 * i, 20 * i + 20))
-    (tmp_path / "in" / "2.jsonl").write_text(BAD[0])
-    source = f"a={tmp_path / 'in'}"
-    with pytest.raises(ValueError, match="bad records"):
-        data.prepare([source], bpe, tmp_path / "out", max_bad=0)
-    write_jsonl(tmp_path / "in" / "2.jsonl", [0])       # mended; it has to keep its size
-    monkeypatch.setattr(os.path, "getsize", lambda path, real=os.path.getsize: (
-        len(BAD[0]) if path.endswith("2.jsonl") else real(path)))
-    opened, real = [], data.read
-    monkeypatch.setattr(data, "read", lambda source, file: (
-        opened.append(Path(file).name), real(source, file))[1])
-    data.prepare([source], bpe, tmp_path / "out")
-    assert opened and opened[0] != "0.jsonl" and opened[-1] == "2.jsonl", f"read {opened}"
-    data.prepare([source], bpe, tmp_path / "out")
-    assert len(opened) <= 2, "a finished folder was prepared again"
+def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(bpe, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", range(700), words=300)
+    bpe.save(tmp_path / "bpe")
+    arguments = command(tmp_path, "out", "in.jsonl", SLOW_PARTS)
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    workers = stop_when(process, tmp_path / "out", 3, signal.SIGINT, group=True)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and error.strip().count("\n") == 0, error
+    assert "the same command goes on" in error
+    assert_gone(workers)
+    kept = finished_parts(tmp_path / "out")
+    assert len(kept) >= 3 and not (tmp_path / "out.lock").exists()
+    subprocess.run(arguments, env=ENVIRONMENT, check=True)
 
 
-def test_tokens_that_went_missing_are_not_made_up(bpe, tmp_path, small_batches):
-    path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"text": story(i)}) + "\n" for i in range(60)) + BAD[0])
-    for message in ("bad records", "has lost tokens"):
-        with pytest.raises(ValueError, match=message):
-            data.prepare([f"a={path}"], bpe, tmp_path / "out", max_bad=0)
-        (tmp_path / "out" / "a.train.bin").unlink()         # cutting it to a length would add zeros
+def test_a_worker_that_is_killed_for_memory_is_one_sentence(bpe, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", range(700), words=300)
+    bpe.save(tmp_path / "bpe")
+    arguments = command(tmp_path, "out", "in.jsonl", SLOW_PARTS)
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while len(finished_parts(tmp_path / "out")) < 3:
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 2 and error.count("\n") == 1, error
+    assert "a worker process was killed" in error and "same command" in error
+    subprocess.run(arguments, env=ENVIRONMENT, check=True)
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == \
+        sorted(story(i, 300) for i in range(700))
 
 
-def test_two_preparations_of_one_folder_take_turns(bpe, tmp_path, small_batches):
-    path = write_jsonl(tmp_path / "in.jsonl", range(300))
-    data.prepare([f"a={path}"], bpe, tmp_path / "alone")
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: data.prepare([f"a={path}"], bpe, tmp_path / "out"), range(3)))
-    assert contents(tmp_path / "out") == contents(tmp_path / "alone"), "they wrote into each other"
+def test_progress_shows_a_rate_and_the_time_left(bpe, tmp_path, small_parts, monkeypatch, capfd):
+    monkeypatch.setattr(data, "PAUSE", 0)
+    write_jsonl(tmp_path / "in.jsonl", range(100))
+    data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out")
+    lines = capfd.readouterr().err.splitlines()
+    pattern = r"\d+ of (\d+) parts, \d+k tokens/s, \d+\.\d min left"
+    assert len(lines) > 5 and all(re.fullmatch(pattern, line) for line in lines), lines
+
+
+def test_what_is_finished_is_not_read_again(bpe, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "in.jsonl", range(20))
+    data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(data, "encode_part", None)
+    data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_second_preparation_of_a_folder_is_refused(bpe, tmp_path):
+    path = write_jsonl(tmp_path / "in.jsonl", range(30))
+    bpe.save(tmp_path / "bpe")
+    with data.claim(tmp_path / "out"):
+        second = subprocess.run(command(tmp_path, "out", "in.jsonl"), env=ENVIRONMENT,
+                                capture_output=True, text=True)
+    assert re.search(f"another run .*out .* {os.getpid()}.*delete .*out.lock", second.stderr)
+    assert second.returncode == 2 and not (tmp_path / "out").exists()
+    processes = [subprocess.Popen(command(tmp_path, "out", "in.jsonl", SLOW_PARTS),
+                                  env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+                 for _ in range(3)]
+    errors = [process.communicate()[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert 0 in codes and set(codes) <= {0, 2}, errors
+    assert all("another run writes in" in error and error.count("\n") == 1
+               for error, code in zip(errors, codes) if code == 2), errors
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == \
+        sorted(map(story, range(30)))
+
+
+def test_a_lock_is_taken_over_only_from_a_process_that_is_known_to_be_gone(bpe, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", range(30))
+    out, lock = tmp_path / "out", tmp_path / "out.lock"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for pid in (gone.pid, os.getpid()):         # a restarted container gives the same numbers
+        lock.write_text(f"{platform.node()} {pid}")
+        data.prepare([f"a={tmp_path / 'in.jsonl'}"], bpe, out)
+        assert not lock.exists()
+    for owner in (f"another-computer {gone.pid}", f"{platform.node()} 1", "", "nonsense"):
+        lock.write_text(owner)
+        with pytest.raises(ValueError, match="another run") as error:
+            data.prepare([f"a={tmp_path / 'in.jsonl'}"], bpe, out)
+        assert str(lock) in str(error.value)
+        assert lock.read_text() == owner, "another run's lock was taken away"
+
+
+def test_a_changed_source_is_named(bpe, tmp_path):
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", range(20))
+    data.prepare([f"a={tmp_path / 'in'}"], bpe, tmp_path / "out")
+    path = tmp_path / "in" / "two.jsonl"
+    before = contents(tmp_path / "out")
+    same_size = path.read_text().replace("the", "mat")
+    for change in (lambda: path.write_text(same_size), path.unlink,
+                   lambda: write_jsonl(path.with_name("new.jsonl"), [])):
+        change()
+        with pytest.raises(ValueError, match="in/(two|new).jsonl has changed since .*out"):
+            data.prepare([f"a={tmp_path / 'in'}"], bpe, tmp_path / "out")
+    assert contents(tmp_path / "out") == before, "the refused preparation changed the folder"
 
 
 def test_another_preparation_is_not_written_over(bpe, tmp_path):
@@ -366,7 +626,7 @@ def test_another_preparation_is_not_written_over(bpe, tmp_path):
     other = data.train_bpe(["other words, other merges"] * 2, 262)
     for arguments in ((other,), (bpe, 0.5)):
         tokenizer, *rest = arguments
-        with pytest.raises(ValueError, match="choose another folder"):
+        with pytest.raises(ValueError, match="has changed since .* choose another one"):
             data.prepare([f"a={path}"], tokenizer, tmp_path / "out", *rest)
     assert contents(tmp_path / "out") == before, "the refused preparation changed the folder"
 
@@ -381,8 +641,6 @@ def test_bad_rows_are_counted_reported_and_skipped(bpe, tmp_path, capfd):
     path.write_bytes("\n".join(lines).encode("latin-1"))
     data.prepare([f"a={path}"], bpe, tmp_path / "out", val_fraction=0, max_bad=len(BAD))
     assert documents(tmp_path / "out", "train") == [story(0), story(1)]
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
-    assert manifest["sources"]["a"]["bad"] == len(BAD)
     reported = capfd.readouterr().err
     assert all(f"{path}, line {2 + i}: " in reported for i in range(len(BAD)))
     with pytest.raises(ValueError, match=rf"{path}, line {1 + len(BAD)}: .* {len(BAD) - 1} bad"):
@@ -391,18 +649,18 @@ def test_bad_rows_are_counted_reported_and_skipped(bpe, tmp_path, capfd):
 
 def test_a_text_that_is_not_utf8_is_a_bad_record(bpe, tmp_path, capfd):
     (tmp_path / "a.txt").write_bytes(b"good\n")
-    (tmp_path / "b.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "b.txt").write_bytes(b"a\ncaf\xe9\n")
     data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out", val_fraction=0, max_bad=1)
     assert documents(tmp_path / "out", "train") == ["good\n"]
-    assert f"{tmp_path / 'b.txt'}, line 1: " in capfd.readouterr().err
+    assert f"{tmp_path / 'b.txt'}, line 2: not UTF-8 (byte 0xe9)" in capfd.readouterr().err
 
 
-def test_bad_rows_of_earlier_runs_count(bpe, tmp_path, small_batches):
+def test_bad_rows_of_earlier_runs_count(bpe, tmp_path, small_parts):
     path = tmp_path / "in.jsonl"
     good = [json.dumps({"text": story(i)}) for i in range(60)]
     path.write_text("\n".join([BAD[0], *good, BAD[0], *good, BAD[0]]))
     for _ in range(3):               # trying again must not get past the limit
-        with pytest.raises(ValueError, match="line 123.* 2 bad"):
+        with pytest.raises(ValueError, match="line (1|62|123): .* 2 bad"):
             data.prepare([f"a={path}"], bpe, tmp_path / "out", max_bad=2)
 
 
@@ -418,7 +676,7 @@ def test_a_damaged_file_is_named(bpe, tmp_path, name, content):
         data.prepare([f"a={tmp_path / name}"], bpe, tmp_path / "out")
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_what_was_finished(bpe, tmp_path, small_batches):
+def test_a_full_disk_is_one_sentence_and_keeps_what_was_finished(bpe, tmp_path, small_parts):
     path = write_jsonl(tmp_path / "in.jsonl", range(300))
     data.prepare([f"a={path}"], bpe, tmp_path / "whole")
     real, written = os.fsync, itertools.count()
@@ -429,17 +687,14 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_finished(bpe, tmp_path, 
         real(file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        with pytest.raises(OSError, match="no room to write .*free some space and run the same"):
+        patch.setattr(os, "fsync", fsync)       # each worker has a counter of its own
+        with pytest.raises(ValueError, match="could not write .*free some space and run the same"):
             data.prepare([f"a={path}"], bpe, tmp_path / "out")
-    kept = contents(tmp_path / "out")
-    done = json.loads(kept["progress.json"])["sources"]["a"]["train"]["tokens"]
-    assert done, "nothing was kept"
-    assert not any(name.endswith(".tmp") for name in kept), "a temporary file fills the disk"
+    kept = finished_parts(tmp_path / "out")
+    assert len(kept) > 1, "nothing was kept"
+    assert not list((tmp_path / "out").rglob("*.tmp")), "a temporary file fills the disk"
     data.prepare([f"a={path}"], bpe, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    whole = (tmp_path / "out" / "a.train.bin").read_bytes()
-    assert whole[:2 * done] == kept["a.train.bin"][:2 * done], "finished tokens were changed"
 
 
 def test_a_real_limit_on_file_size_is_one_sentence(bpe, tmp_path):
@@ -451,7 +706,7 @@ def test_a_real_limit_on_file_size_is_one_sentence(bpe, tmp_path):
         capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert "no room to write" in result.stderr
+    assert "could not write" in result.stderr
 
 
 # ----------------------------------------------------------------------- corpus and loader
@@ -502,58 +757,32 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(folder):
 
 def test_batches_are_a_pure_function_of_the_step(folder):
     one, two = (data.Loader(data.Corpus(folder), 8, 6, seed=5) for _ in range(2))
-    steps = [9, 0, 123456789, 9, 3]
+    steps = [9, 0, 123456, 9, 3]
     assert np.array_equal([one.batch(s) for s in steps], [two.batch(s) for s in steps])
     assert not np.array_equal(one.batch(0), data.Loader(data.Corpus(folder), 8, 6, 6).batch(0)), (
         "the seed has no effect")
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
-def test_the_order_of_an_epoch_is_a_permutation(n):
-    index = np.arange(n)
-    orders = [np.array([data.permute(i, n, seed, epoch) for i in range(n)])
-              for seed in (0, 1, 2**63) for epoch in (0, 1, 10**6)]
-    for order in orders:
-        assert np.array_equal(np.sort(order), index), f"not a permutation of range({n})"
-    if n >= 16:
-        assert len({order.tobytes() for order in orders}) == len(orders), "two orders are equal"
+def test_the_worked_example_of_an_epoch_is_what_the_loader_does():
+    corpus = SimpleNamespace(sources=["a", "b"], blocks=lambda name, block: np.arange(
+        {"a": 4, "b": 3}[name] * (block + 1)).reshape(-1, block + 1))
+    loader = data.Loader(corpus, 1, 4, seed=0)
+    for step in range(3):
+        ranks = ["blocks " + " ".join(map(str, loader.numbers(step, rank, 2))) for rank in (0, 1)]
+        assert f"step {step}   " + "   ".join(ranks) in data.Loader.__doc__
+    assert sorted(n for step in range(7) for n in loader.numbers(step)) == sorted([*range(7)] * 4)
 
 
 def test_orders_look_random():
     n = 4000
+    corpus = SimpleNamespace(sources=["a"], blocks=lambda name, block: np.zeros((n, 2)))
+    loader = data.Loader(corpus, 1, n, 0)
     x = np.arange(n)
     for epoch in range(5):
-        y = np.array([data.permute(i, n, 0, epoch) for i in range(n)])
+        y = np.array(loader.numbers(epoch))
         assert abs(np.corrcoef(x, y)[0, 1]) < 0.08, "the order follows the data"
         assert abs(np.corrcoef(y[1:], y[:-1])[0, 1]) < 0.08, "neighbours stay neighbours"
         assert (y[1:] - y[:-1] == 1).sum() < 12
-
-
-@pytest.mark.parametrize("weights", [
-    [0.98, 0.02], [1, 1], [0.5, 0.3, 0.2], [7, 1, 1, 1], [0.9, 0.05, 0.03, 0.02], [1], [3, 3, 1, 2],
-    [0.333, 0.333, 0.334], [0.1] * 10, [618, 382]])
-def test_every_prefix_of_a_mixture_is_within_one_block_of_its_weights(weights):
-    table = [source for source, _ in data.timetable(weights)]
-    shares = [Fraction(str(w)) / sum(Fraction(str(w)) for w in weights) for w in weights]
-    had = [0] * len(weights)
-    for n, turn in enumerate(itertools.islice(itertools.cycle(table), 3 * len(table)), 1):
-        had[turn] += 1
-        assert all(abs(h - n * share) < 1 for h, share in zip(had, shares)), (
-            f"after {n} turns, {had} is more than one block off")
-
-
-def test_a_mixture_draws_each_source_once_an_epoch_of_its_own(folder):
-    corpus = data.Corpus(folder, mix={"small": 0.75, "large": 0.25})
-    loader = data.Loader(corpus, 30, 10, seed=0)
-    small, large = (blocks_of(corpus, 31, [name]) for name in ("small", "large"))
-    n, steps = len(small), len(small) // 3
-    rows = [row.tobytes() for step in range(steps) for row in loader.batch(step)]
-    drawn = [row for row in rows if row in set(small)]
-    assert not set(small) & set(large) and abs(len(drawn) - 7.5 * steps) < 1
-    assert sorted(drawn[:n]) == sorted(drawn[n:2 * n]) == sorted(small), (
-        "a source is not used up before it repeats")
-    assert np.array_equal(np.concatenate([loader.batch(7, r, 5) for r in range(5)]),
-                          loader.batch(7))
 
 
 def test_without_weights_sources_mix_by_their_sizes(folder):
@@ -569,13 +798,8 @@ def test_what_cannot_be_loaded_is_one_sentence(bpe, folder, tmp_path):
         data.Corpus(tmp_path)
     with pytest.raises(ValueError, match="no source other, but large, small"):
         data.Corpus(folder, sources=["other"])
-    with pytest.raises(ValueError, match="positive"):
-        data.Loader(data.Corpus(folder, mix={"large": 1, "small": 0}), 8, 4, 0)
-    with pytest.raises(ValueError, match="too many digits"):
-        data.Loader(data.Corpus(folder, mix={"large": 0.1234567, "small": 0.7}), 8, 4, 0)
-    for mix in (None, {"large": 1, "small": 1}):
-        with pytest.raises(ValueError, match="choose a shorter block"):
-            data.Loader(data.Corpus(folder, mix=mix), 100_000, 4, 0)
+    with pytest.raises(ValueError, match="choose a shorter block"):
+        data.Loader(data.Corpus(folder), 100_000, 4, 0)
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -608,6 +832,7 @@ def test_a_cut_or_missing_file_of_tokens_is_refused(folder, tmp_path):
 
 def test_fetched_rows_are_where_evaluate_looks_for_them(tmp_path, monkeypatch):
     """The Hub is a function here: what it is asked for, and what becomes of the rows."""
+    import evaluate
     asked = []
 
     def load_dataset(path, name=None, *, split, streaming, **place):

@@ -1,5 +1,6 @@
 """Claims about the tokenizers: what is trained, what is read, what other programs make of it."""
 
+import doctest
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import regex
 
 import data
 
+END = data.END
 needs_llama2 = pytest.mark.skipif(
     "LLAMA2_TOKENIZER" not in os.environ,
     reason="LLAMA2_TOKENIZER, the path of Llama-2's tokenizer.model, is not set")
@@ -43,18 +45,18 @@ def random_text(rng: random.Random, length: int) -> str:
 
 def naive_bpe(text: str, size: int) -> list[bytes]:
     """Byte-pair encoding as its definition reads, over the whole text for every merge."""
-    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(data.PATTERN, text)]
+    words = [list(word.encode()) for word in regex.findall(data.PATTERN, text)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < size:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))
-        best = max(counts, key=lambda pair: (counts[pair], pair))
-        tokens.append(best[0] + best[1])
+        left, right = min(counts, key=lambda pair: (-counts[pair], pair))
         for word in words:
             i = 0
             while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i:i + 2] = [best[0] + best[1]]
+                if word[i:i + 2] == [left, right]:
+                    word[i:i + 2] = [len(tokens)]
                 i += 1
+        tokens.append(tokens[left] + tokens[right])
     return tokens
 
 
@@ -69,7 +71,12 @@ def test_bpe_learns_what_the_definition_says(text, size):
     learned = data.train_bpe([text], size + 1).pieces[:-1]
     assert learned == naive_bpe(text, size), (
         "the incremental trainer chose other pairs than the naive one: its counts drift, or ties "
-        "do not go to the lexicographically greater pair")
+        "do not go to the pair with the lower ids")
+
+
+def test_the_worked_examples_in_the_docstrings_are_what_the_code_does():
+    outcome = doctest.testmod(data)
+    assert outcome.attempted >= 5 and not outcome.failed
 
 
 def test_training_does_not_depend_on_how_the_text_is_cut_into_documents():
@@ -109,25 +116,61 @@ def test_special_tokens_in_text_are_text(bpe):
 
 def test_a_saved_tokenizer_comes_back(bpe, tmp_path):
     bpe.save(tmp_path / "new" / "folder")
-    for path in (tmp_path / "new/folder", tmp_path / "new/folder/tokenizer.tiktoken"):
+    for path in (tmp_path / "new/folder", tmp_path / "new/folder/tokenizer.json", tmp_path / "new"):
+        if path.name == "new":      # a run's folder: the newest step that is complete counts
+            (path / "folder").rename(path / "step-000020")
+            for other in ("step-000003", "step-000100.partial"):
+                (path / other).mkdir()
         again = data.load_tokenizer(path)
         assert again.sha256 == bpe.sha256 and again.encode(SHAKESPEARE) == bpe.encode(SHAKESPEARE)
+        assert again.files == bpe.files, "the files that it came with are not the ones it saves"
     assert not list(tmp_path.rglob("*.tmp")), "a temporary file was left behind"
     assert data.train_bpe([SHAKESPEARE], 299).sha256 != bpe.sha256, "another vocabulary, same hash"
 
 
+def changed(bpe: data.Tokenizer, change) -> bytes:
+    content = json.loads(bpe.files["tokenizer.json"])
+    change(content)
+    return json.dumps(content).encode()
+
+
+def split_of(content: dict) -> dict:
+    return content["pre_tokenizer"]["pretokenizers"][0]
+
+
+def added_token(**flags) -> dict:
+    return {"id": 300, "content": "<new>", "special": True, "normalized": False,
+            "single_word": False, "lstrip": False, "rstrip": False} | flags
+
+
 @pytest.mark.parametrize("change, message", [
-    (lambda lines: lines[:7] + [b"!!!! 7"] + lines[8:], "cannot be used"),
-    (lambda lines: lines[:7] + lines[8:], "ranks are not 0, 1, 2"),
-    (lambda lines: lines[:255], "256 bytes"),
-    (lambda lines: lines + [b"YQ== %d" % len(lines)], "every token once"),
-    (lambda lines: [b"\xff\xfe\x00"], "cannot be used"),
+    (lambda c: c["model"]["vocab"].pop("A"), "not 0, 1, 2"),
+    (lambda c: c["model"]["vocab"].update(A=66), "not 0, 1, 2"),
+    (lambda c: c["model"]["vocab"].update({"AA": c["model"]["vocab"].pop("A")}), "all 256 bytes"),
+    (lambda c: c["model"]["merges"].reverse(), "order of its merges"),
+    (lambda c: c["model"]["merges"].append(["q", "q"]), "'qq'"),
+    (lambda c: c["model"].update(byte_fallback=True), "byte_fallback"),
+    (lambda c: c["model"].update(dropout=0.1), "dropout"),
+    (lambda c: c["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+    (lambda c: c["model"].update(type="Unigram"), "Unigram"),
+    (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer"),
+    (lambda c: c.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
+    (lambda c: c.update(pre_tokenizer=None), "pre_tokenizer"),
+    (lambda c: c["pre_tokenizer"]["pretokenizers"].pop(0), "ByteLevel"),
+    (lambda c: split_of(c).update(behavior="Removed"), "Removed"),
+    (lambda c: split_of(c).update(pattern={"Regex": r"\p{L}+"}), "leaves out"),
+    (lambda c: split_of(c).update(pattern={"Regex": "("}), "cannot be"),
+    (lambda c: c["added_tokens"].append(added_token(special=False)), "<new>"),
+    (lambda c: c["added_tokens"].append(added_token(id=301)), "not 0, 1, 2"),
+    (lambda c: c["added_tokens"].clear(), "no tokens|end-of-text|256"),
 ])
-def test_a_damaged_tokenizer_is_refused(bpe, tmp_path, change, message):
-    path = tmp_path / "tokenizer.tiktoken"
-    path.write_bytes(b"\n".join(change(bpe.files()["tokenizer.tiktoken"].splitlines())))
-    with pytest.raises(ValueError, match=message):
+def test_a_tokenizer_json_that_cannot_be_expressed_is_refused_by_name(bpe, tmp_path, change,
+                                                                      message):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(changed(bpe, change))
+    with pytest.raises(ValueError, match=message) as error:
         data.load_tokenizer(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_tokenizer_that_cannot_be_is_one_sentence(tmp_path):
@@ -174,6 +217,13 @@ def small_model() -> bytes:
     return trained.getvalue()
 
 
+def read_model(model: bytes, **config) -> data.SentencePiece:
+    files = {"tokenizer.model": model}
+    if config:
+        files["tokenizer_config.json"] = json.dumps(config).encode()
+    return data.read_sentencepiece(files)
+
+
 CODELLAMA = ["<SU", "<SUF", "<PRE", "<M", "<MID", "<E", "<EOT", "<PRE>", "<SUF>", "<MID>", "<EOT>",
              *("<EOT>" * n for n in range(2, 7))]
 
@@ -193,7 +243,7 @@ def hard_texts(count: int) -> list[str]:
 
 def assert_same(model: bytes, texts: list[str]) -> None:
     spm = pytest.importorskip("sentencepiece", reason="sentencepiece (extra: peers) is not there")
-    theirs, ours = spm.SentencePieceProcessor(model_proto=model), data.read_sentencepiece(model)
+    theirs, ours = spm.SentencePieceProcessor(model_proto=model), read_model(model)
     assert ours.n_vocab == theirs.get_piece_size()
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_id(), theirs.eos_id())
     for text in texts:
@@ -236,62 +286,157 @@ def test_llama2_gives_sentencepiece_tokens_on_everything_there_is():
 
 
 def test_byte_lengths_of_llama2s_family_add_up(small_model):
-    tokenizer = data.read_sentencepiece(small_model)
+    tokenizer = read_model(small_model)
     tokens = tokenizer.encode(SHAKESPEARE)
     assert tokenizer.byte_lengths[tokens].sum() == len(SHAKESPEARE.encode()) + 1, (
         "the ids' bytes are not those of the text and of the space in front")
     assert tokenizer.byte_lengths[tokenizer.eos_id] == 0
 
 
-def test_transformers_opens_what_we_save(bpe, small_model, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers (extra: peers)")
-    llama = data.read_sentencepiece(with_pieces(small_model, codellama_pieces(data.NORMAL)))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    for ours in (bpe, llama):
-        for file in tmp_path.glob("tokenizer*"):
-            file.unlink()
-        ours.save(tmp_path)
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        assert theirs.eos_token_id == ours.eos_id and theirs.bos_token_id == ours.bos_id
-        assert len(theirs) == ours.n_vocab
-        for text in hard_texts(300) + [SHAKESPEARE]:
-            expected = ours.encode(text)
-            got = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
-            assert got == expected, f"transformers encodes {text[:99]!r} otherwise"
-            assert theirs.decode(expected) == ours.decode(expected), f"... decodes {text[:99]!r}"
+def test_tokens_that_the_config_adds_to_a_tokenizer_model_count(small_model):
+    """They are as if they stood in the model: special ones are never cut out of a text."""
+    added = {"0": {"content": "<unk>", "special": True},
+             "900": {"content": "<|im_end|>", "special": True},
+             "901": {"content": "two words", "special": False}}
+    ours = read_model(small_model, added_tokens_decoder=added, eos_token="<|im_end|>")
+    inside = read_model(with_pieces(small_model, [("<|im_end|>", 0, data.CONTROL),
+                                                  ("two\u2581words", 0, data.USER_DEFINED)]))
+    assert ours.n_vocab == inside.n_vocab == 902 and ours.eos_id == 900
+    for text in [*hard_texts(50), "a <|im_end|> b", "two words two  words"]:
+        assert ours.encode(text) == inside.encode(text)
+    assert 901 in ours.encode("two words") and 900 not in ours.encode("<|im_end|>")
+    assert ours.decode([901, 900]) == "two words"
+    for wrong in ({"7": {"content": "x", "special": True}},
+                  {"905": {"content": "x", "special": True}}):
+        with pytest.raises((ValueError, IndexError)):
+            read_model(small_model, added_tokens_decoder=wrong)
 
 
-def json_only(ours: data.Tokenizer, folder: Path, through: str) -> data.Tokenizer:
-    """What is left of a tokenizer in the tokenizer.json that we or transformers write."""
-    ours.save(folder)
-    if through == "transformers":
-        transformers = pytest.importorskip("transformers", reason="transformers (extra: peers)")
-        (folder / "tokenizer.json").unlink()
-        config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+# --------------------------------------------------------- tokenizer.json: ours and the known kinds
+
+
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def known_kind(kind: str, folder: Path):
+    """A small tokenizer that the `tokenizers` package trains as the named one was made."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers (extra: peers) is not there")
+    from tokenizers import pre_tokenizers, processors
+    special = {"gpt2": [END], "smollm2": [END, "<|im_start|>", "<|im_end|>"],
+               "llama3": ["<|begin_of_text|>", "<|end_of_text|>"]}[kind]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=kind == "llama3"))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama3")
+    first = {"gpt2": [], "smollm2": [pre_tokenizers.Digits(individual_digits=True)],
+             "llama3": [pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated")]}[kind]
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=special if kind == "smollm2" else [], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    texts = [text for _, text in zip(range(60), data.texts(["code"]))] + [SHAKESPEARE]
+    theirs.train_from_iterator(texts, trainer)
+    theirs.add_special_tokens(special)      # GPT-2's and Llama-3's come after the vocabulary
+    if kind == "llama3":
+        bos = ("<|begin_of_text|>", theirs.token_to_id("<|begin_of_text|>"))
+        theirs.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])])
+        config = {"bos_token": bos[0], "eos_token": "<|end_of_text|>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    (folder / "tokenizer.model").unlink()
-    return data.load_tokenizer(folder)
+    theirs.save(str(folder / "tokenizer.json"))
+    return theirs
 
 
-@pytest.mark.parametrize("through", ["ours", "transformers"])
-def test_a_tokenizer_json_is_the_same_tokenizer(small_model, tmp_path, through):
-    ours = data.read_sentencepiece(small_model)
-    again = json_only(ours, tmp_path, through)
-    assert (again.eos_id, again.bos_id, again.n_vocab) == (ours.eos_id, ours.bos_id, ours.n_vocab)
-    for text in hard_texts(500):
-        assert again.encode(text) == ours.encode(text), f"{text[:99]!r} differs"
+def assert_equal_to_tokenizers(ours: data.Tokenizer, theirs, texts: list[str]) -> None:
+    theirs.encode_special_tokens = True     # their names in a text are text, as here
+    encoded = theirs.encode_batch(texts, add_special_tokens=False)
+    for text, expected in zip(texts, encoded):
+        assert ours.encode(text) == expected.ids, f"another encoding of {text[:99]!r}"
+        assert ours.decode(expected.ids) == text
+
+
+def prose_code_and_random_strings(count: int) -> list[str]:
+    rng = random.Random(5)
+    fixed = [" " * n + x for n in (1, 2, 3, 17, 300) for x in ("", "x", "1", "\n", " \t\n  y")]
+    return (fixed + ["I'LL we'll 12 345 6789 a1b2 1 2  3   4\n\n\n", END, "<|im_start|>"]
+            + [text for _, text in zip(range(70), data.texts(["code"]))][60:]
+            + [random_text(rng, 40) for _ in range(count)])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm2", "llama3"])
+def test_known_kinds_of_tokenizer_json_give_the_tokens_of_the_tokenizers_package(kind, tmp_path):
+    theirs, ours = known_kind(kind, tmp_path), data.load_tokenizer(tmp_path)
+    assert_equal_to_tokenizers(ours, theirs, prose_code_and_random_strings(20_000))
+    assert ours.n_vocab == theirs.get_vocab_size()
+    assert ours.eos_id == theirs.token_to_id("<|end_of_text|>" if kind == "llama3" else END)
+    assert ours.prompt("a b") == theirs.encode("a b").ids, "BOS stands elsewhere in front"
+    assert ours.add_bos == (kind == "llama3")
+    ours.save(tmp_path / "copy")
+    for file in tmp_path.glob("*.json"):
+        assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes(), (
+            f"{file.name} was not copied unchanged")
+
+
+def test_our_tokenizer_is_the_same_in_the_tokenizers_package(bpe, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers (extra: peers) is not there")
+    bpe.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert_equal_to_tokenizers(bpe, theirs, prose_code_and_random_strings(20_000))
+
+
+def test_our_tokenizer_comes_back_after_transformers_has_saved_it(bpe, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers (extra: peers)")
+    bpe.save(tmp_path / "ours")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert theirs.eos_token_id == bpe.eos_id and theirs.bos_token_id is None
+    assert len(theirs) == bpe.n_vocab
+    for text in hard_texts(300) + [SHAKESPEARE]:
+        expected = bpe.encode(text)
+        got = theirs.encode(text, split_special_tokens=True)
+        assert got == expected == bpe.prompt(text), f"transformers encodes {text[:99]!r} otherwise"
+        assert theirs.decode(expected) == bpe.decode(expected), f"... decodes {text[:99]!r}"
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = data.load_tokenizer(tmp_path / "theirs")
+    assert again.sha256 == bpe.sha256, "after transformers has saved it, it is another vocabulary"
+    assert (again.eos_id, again.bos_id, again.add_bos) == (bpe.eos_id, None, False)
 
 
 @needs_llama2
-@pytest.mark.parametrize("through", ["ours", "transformers"])
-def test_llama2s_tokenizer_json_is_the_same_tokenizer(tmp_path, through):
-    """Although transformers 5 gets runs of spaces wrong when it converts a tokenizer.model."""
+def test_transformers_opens_the_llama2_files_that_we_copy(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers (extra: peers)")
     ours = data.load_tokenizer(os.environ["LLAMA2_TOKENIZER"])
-    again = json_only(ours, tmp_path, through)
-    assert again.sha256 == ours.sha256, "the same vocabulary has another identity"
-    for text in hard_texts(500):
-        assert again.encode(text) == ours.encode(text), f"{text[:99]!r} differs"
+    ours.save(tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == \
+        Path(os.environ["LLAMA2_TOKENIZER"]).read_bytes()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("Once upon a time") == theirs.encode("Once upon a time",
+                                                            add_special_tokens=False)
+
+
+# ----------------------------------------------------------------------------- BOS, by the files
+
+
+@pytest.mark.parametrize("config, first", [
+    ({}, "<s>"), ({"add_bos_token": True}, "<s>"), ({"add_bos_token": False}, None),
+    ({"add_bos_token": None}, "<s>"), ({"bos_token": None}, None),
+    ({"bos_token": {"content": "</s>"}}, "</s>")])
+def test_the_files_say_whether_bos_stands_in_front_of_a_prompt(small_model, config, first):
+    tokenizer = read_model(small_model, **config)
+    front = [{"<s>": 1, "</s>": 2}[first]] if first else []
+    assert tokenizer.prompt("a b") == front + tokenizer.encode("a b")
+    assert tokenizer.add_bos == bool(first)
+
+
+def test_an_unknown_end_of_text_token_is_one_sentence(small_model, bpe):
+    for eos in ("<none>", None):
+        with pytest.raises(ValueError, match="eos_token"):
+            read_model(small_model, eos_token=eos)
+        files = bpe.files | {"tokenizer_config.json": json.dumps({"eos_token": eos}).encode()}
+        with pytest.raises(ValueError, match="eos_token"):
+            data.read_tokenizer_json(files)
 
 
 def test_unsupported_sentencepiece_models_are_refused_by_name(small_model, tmp_path):
@@ -309,16 +454,22 @@ def test_unsupported_sentencepiece_models_are_refused_by_name(small_model, tmp_p
             data.load_tokenizer(path)
 
 
-def test_a_tokenizer_json_of_another_family_is_refused(bpe, tmp_path):
-    bpe.save(tmp_path)
-    (tmp_path / "tokenizer.tiktoken").unlink()
-    with pytest.raises(ValueError, match="not of Llama-2's family"):
+def test_llama2s_kind_needs_its_tokenizer_model(small_model, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers (extra: peers)")
+    (tmp_path / "tokenizer.model").write_bytes(small_model)
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    both = data.load_tokenizer(tmp_path)
+    assert both.sha256 == read_model(small_model).sha256
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="byte_fallback.*tokenizer.model"):
         data.load_tokenizer(tmp_path)
 
 
 def test_damaged_files_are_one_error(small_model, bpe, tmp_path):
     rng = random.Random(4)
-    for name, content in [("tokenizer.model", small_model), *bpe.files().items()]:
+    for name, content in [("tokenizer.model", small_model), *bpe.files.items()]:
         for _ in range(60 if name != "tokenizer_config.json" else 0):
             broken = bytearray(content[:rng.randrange(len(content))])
             for _ in range(rng.randrange(3)):
