@@ -41,10 +41,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex  # tiktoken depends on it: the same syntax of patterns, \p{L} included
@@ -163,33 +163,32 @@ def learn_merges(frequency: dict[str, int], count: int) -> list[tuple[bytes, byt
     where a recount of everything after each merge would take hours.
     """
     words = [list(word.encode()) for word in frequency]     # as ids; the first 256 are the bytes
-    tokens, merges = [bytes([b]) for b in range(256)], []
+    times, tokens, merges = [*frequency.values()], [bytes([b]) for b in range(256)], []
     counts, where = Counter(), defaultdict(set)             # pair -> how often, in which words
 
-    def add(sign: int, i: int, times: int) -> None:
+    def add(i: int, sign: int) -> None:
         for pair in zip(words[i], words[i][1:]):
-            counts[pair] += sign * times
+            counts[pair] += sign * times[i]
             where[pair].add(i)
 
-    times = list(frequency.values())
     for i in range(len(words)):
-        add(1, i, times[i])
+        add(i, 1)
     heap = [(-n, pair) for pair, n in counts.items()]       # the most frequent pair comes first
     heapq.heapify(heap)
-    while heap and len(merges) < count:
+    while heap and heap[0][0] < 0 and len(merges) < count:
         n, pair = heapq.heappop(heap)
-        if n != -counts[pair]:                              # other merges made it rarer
-            heapq.heappush(heap, (-counts[pair], pair))
-        elif n:
+        fresh = {pair}                                      # pairs that go on the heap
+        if n == -counts[pair]:                              # if not, other merges made it rarer
             new, changed = len(tokens), where.pop(pair)
             merges.append((tokens[pair[0]], tokens[pair[1]]))
             tokens.append(b"".join(merges[-1]))
             for i in changed:
-                add(-1, i, times[i])
+                add(i, -1)
                 words[i] = merge_pair(words[i], pair, new)
-                add(1, i, times[i])
-            for fresh in {p for i in changed for p in zip(words[i], words[i][1:]) if new in p}:
-                heapq.heappush(heap, (-counts[fresh], fresh))
+                add(i, 1)
+            fresh = {p for i in changed for p in zip(words[i], words[i][1:]) if new in p}
+        for pair in fresh:
+            heapq.heappush(heap, (-counts[pair], pair))
     return merges
 
 
@@ -253,7 +252,7 @@ def is_validation(key: str, fraction: float) -> bool:
 
 def text_of(record: Record, source: str, span: Span, field: str | None) -> str:
     """The record's text, "" if its source leaves it out; ValueError says why there is none."""
-    fields, row = [field] if field else ["text", "content"], record.row
+    fields, row, line = [field] if field else ["text", "content"], record.row, record.line
     try:
         if isinstance(row, bytes):
             row = row.decode()
@@ -263,25 +262,20 @@ def text_of(record: Record, source: str, span: Span, field: str | None) -> str:
         text = next(row[name] for name in fields if name in row)
         text.encode()               # fails for half of a surrogate pair, which JSON can spell
         return text
-    except KeyError as error:
-        reason = f"no field {error}, which says what {source} leaves out"
-    except (TypeError, AttributeError, StopIteration):
-        reason = f"no text in {' or '.join(fields)}"
     except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
         reason = f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
-        record = record._replace(line=record.line + error.object.count(b"\n", 0, error.start))
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-    raise ValueError(f"{span.file}, line {record.line + lines_before(span)}: {reason}")
+    except Exception as error:
+        reason = f"no text in {' or '.join(fields)} ({error!r:.99})"
+    raise ValueError(f"{span.file}, line {line + lines_before(span)}: {reason}")
 
 
 def texts(sources: Iterable[str], field: str | None = None) -> Iterator[str]:
     """All texts of the sources, one after another, for train_bpe."""
-    for name, files in (find(source, Counter()) for source in sources):
-        for source, spans in cut_parts({name: files}):
-            for span in spans:
-                for record in read(name, span, field):
-                    yield text_of(record, name, span, field)
+    for name, spans in cut_parts(dict(find(source, Counter()) for source in sources)):
+        for span in spans:
+            for record in read(name, span, field):
+                yield text_of(record, name, span, field)
 
 
 # ------------------------------------------------------------------------------ preparing
@@ -302,11 +296,10 @@ def encode_part(folder: Path, val_fraction: float, field: str | None, max_bad: i
 
     The messages are written last: a part that has a file of them is complete.
     """
-    tokenizer, bad = worker_tokenizer(folder), []
+    tokenizer, size, bad = worker_tokenizer(folder), 0, []
     records = ((span, record) for span in spans for record in read(source, span, field))
-    with ExitStack() as stack:
-        files = [stack.enter_context(whole_file(part_file(folder, part, split)))
-                 for split in SPLITS]
+    with (whole_file(part_file(folder, part, "train")) as train,
+          whole_file(part_file(folder, part, "val")) as val):
         for span, record in records:
             try:
                 text = text_of(record, source, span, field)
@@ -316,11 +309,11 @@ def encode_part(folder: Path, val_fraction: float, field: str | None, max_bad: i
                 continue
             if text:
                 tokens = [*tokenizer.encode(text), tokenizer.eos_id]
-                file = files[is_validation(record.key or text, val_fraction)]
+                file = val if is_validation(record.key or text, val_fraction) else train
                 file.write(np.array(tokens, tokenizer.dtype).tobytes())
-        size = sum(file.tell() for file in files)
+                size += len(tokens)
     write_whole(part_file(folder, part, "bad"), [f"{message}\n".encode() for message in bad])
-    return size // np.dtype(tokenizer.dtype).itemsize, bad
+    return size, bad
 
 
 def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
@@ -342,17 +335,18 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
         raise ValueError("expected one or more sources, each with a name of its own")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"the validation share must be at least 0 and below 1, not {val_fraction}")
-    parts = cut_parts(found)
-    plan = {"tokenizer": tokenizer.sha256, "val_fraction": val_fraction, "field": field} | {
-        f"{name}: {file}": facts for name, files in found.items() for file, facts in files.items()}
+    plan = {"tokenizer": tokenizer.sha256, "val_fraction": val_fraction, "field": field}
+    for name, files in found.items():
+        plan |= {f"{name}: {file}": facts for file, facts in files.items()}
     with claim(out):
         out.mkdir(exist_ok=True)
-        check_plan(out, plan)
+        check_plan(out / "plan.json", plan)
         if not (out / "manifest.json").exists():
             tokenizer.save(out)
+            parts = cut_parts(found)
             work = functools.partial(encode_part, out, val_fraction, field, max_bad)
             encode_parts(out, work, parts, max_bad)
-            join_parts(out, tokenizer, parts, list(found))
+            join_parts(out, tokenizer, [source for source, _ in parts], found)
         shutil.rmtree(out / "parts", ignore_errors=True)
     if skipped:
         print(f"skipped {in_words(skipped)}", file=sys.stderr)
@@ -378,13 +372,12 @@ class Corpus:
             raise ValueError(f"{folder} was prepared with another tokenizer than the one that lies "
                              "in it now: put the old one back or prepare the data again")
         self.sources = list(sources or manifest["sources"])
-        if unknown := [name for name in self.sources if name not in manifest["sources"]]:
-            raise ValueError(f"{folder} has no source {', '.join(unknown)}, but "
+        if unknown := ", ".join(set(self.sources) - set(manifest["sources"])):
+            raise ValueError(f"{folder} has no source {unknown}, but "
                              f"{', '.join(manifest['sources'])}")
-        self._tokens = {}
+        self._tokens, dtype = {}, np.dtype(manifest["dtype"])
         for name in self.sources:
-            path, dtype = folder / f"{name}.{split}.bin", np.dtype(manifest["dtype"])
-            n = manifest["sources"][name][split]["tokens"]
+            path, n = folder / f"{name}.{split}.bin", manifest["sources"][name][split]
             if not path.exists() or path.stat().st_size != n * dtype.itemsize:
                 raise ValueError(f"{path} is missing or does not hold the {n} tokens that the "
                                  "manifest says: delete the folder and prepare it again")
@@ -454,7 +447,7 @@ class Loader:
 
 # ======================= From here on: what makes it practical. You can stop reading. =============
 
-MIB, SHARD = 1 << 20, 64 << 20       # a shard on the Hub counts as 64 MiB
+MIB, SHARD = 1 << 20, 64 << 20      # a shard on the Hub counts as 64 MiB
 PAUSE = 10                          # seconds between two lines of progress
 
 
@@ -479,15 +472,13 @@ def one_sentence(problem: str) -> Iterator[None]:
         raise ValueError(f"{problem}: {reason}") from error
 
 
-def check_plan(folder: Path, plan: dict[str, Any]) -> None:
+def check_plan(path: Path, plan: dict[str, Any]) -> None:
     """Note what a folder is made of, or refuse to go on if it is made of something else."""
-    path = folder / "plan.json"
     if not path.exists():
         write_whole(path, [json.dumps(plan, indent=1).encode()])
     old = json.loads(path.read_bytes())
-    changed = [fact for fact in old | plan if old.get(fact) != plan.get(fact)]
-    if changed:
-        raise ValueError(f"{changed[0]} has changed since {folder} was prepared: delete that "
+    if changed := [fact for fact in old | plan if old.get(fact) != plan.get(fact)]:
+        raise ValueError(f"{changed[0]} has changed since {path.parent} was prepared: delete that "
                          "folder or choose another one")
 
 
@@ -500,29 +491,28 @@ def start_worker() -> None:
 
 def encode_parts(folder: Path, work: Callable, parts: list[tuple[str, list[Span]]],
                  max_bad: int) -> None:
-    """Make the parts that are missing, on all cores."""
+    """Make the parts that are missing, on all cores, and show how far it is."""
     for orphan in folder.glob("parts/*.tmp"):               # left by a run that was killed
         orphan.unlink()
     reports = [part_file(folder, i, "bad") for i in range(len(parts))]
     bad = [line for path in reports if path.exists() for line in path.read_text().splitlines()]
     check_bad(bad, max_bad)
-    missing = [i for i, path in enumerate(reports) if not path.exists()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     tokens, start, shown = 0, time.monotonic(), time.monotonic()
     pool = ProcessPoolExecutor(cores, initializer=start_worker)
     try:
+        missing = [i for i, path in enumerate(reports) if not path.exists()]
         futures = [pool.submit(work, i, *parts[i]) for i in missing]
         for n, future in enumerate(as_completed(futures), 1):
             size, messages = future.result()
+            bad, tokens, now = bad + messages, tokens + size, time.monotonic()
             for message in messages:
                 print(f"skipped {message}", file=sys.stderr)
-            bad, tokens, now = bad + messages, tokens + size, time.monotonic()
             check_bad(bad, max_bad)
             if now - shown > PAUSE:
-                shown, rate = now, tokens / (now - start)
-                print(f"{n} of {len(missing)} parts, {rate / 1e3:.0f}k tokens/s, "
-                      f"{(len(missing) - n) * (now - start) / n / 60:.1f} min left",
-                      file=sys.stderr)
+                shown, took = now, now - start
+                print(f"{n} of {len(missing)} parts, {tokens / took / 1e3:.0f}k tokens/s, "
+                      f"{(len(missing) - n) * took / n / 60:.1f} min left", file=sys.stderr)
     except BrokenProcessPool:
         raise ValueError("a worker process was killed, probably because the memory was full: free "
                          "some or use fewer cores (taskset -c 0,1 python data.py ...) and run the "
@@ -531,16 +521,16 @@ def encode_parts(folder: Path, work: Callable, parts: list[tuple[str, list[Span]
         pool.shutdown(cancel_futures=True)
 
 
-def join_parts(folder: Path, tokenizer: Tokenizer, parts: list[tuple[str, list[Span]]],
-               sources: list[str]) -> None:
-    """Join the parts to one file for each source and split, and write the manifest."""
+def join_parts(folder: Path, tokenizer: Tokenizer, owners: list[str],
+               sources: Iterable[str]) -> None:
+    """Join the parts to one file for each source and split. owners: the source of each part."""
     counts: dict[str, dict] = {name: {} for name in sources}
-    for name, split in itertools.product(sources, SPLITS):
-        paths = [part_file(folder, i, split) for i, part in enumerate(parts) if part[0] == name]
-        write_whole(folder / f"{name}.{split}.bin", (path.read_bytes() for path in paths))
-        size = sum(path.stat().st_size for path in paths)
-        counts[name][split] = {"tokens": size // np.dtype(tokenizer.dtype).itemsize}
-        if split == "train" and not size:
+    for name, split in itertools.product(counts, SPLITS):
+        paths = [part_file(folder, i, split) for i, owner in enumerate(owners) if owner == name]
+        whole = folder / f"{name}.{split}.bin"
+        write_whole(whole, (path.read_bytes() for path in paths))
+        counts[name][split] = whole.stat().st_size // np.dtype(tokenizer.dtype).itemsize
+        if not counts[name]["train"]:
             raise ValueError(f"source {name} has no text to train on")
     manifest = {"tokenizer": tokenizer.sha256, "dtype": tokenizer.dtype, "sources": counts}
     write_whole(folder / "manifest.json", [json.dumps(manifest, indent=1).encode()])
@@ -578,8 +568,7 @@ def find(source: str, skipped: Counter) -> tuple[str, dict[str, list[int]]]:
     if not files:
         raise ValueError(f"source {name}: {root} neither is nor holds a file of the kinds "
                          f"{', '.join(KINDS)} (skipped: {in_words(skipped) or 'none'})")
-    stats = [os.stat(file) for file in files]
-    return name, {file: [stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats)}
+    return name, {file: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files}
 
 
 def walk(root: Path) -> Iterator[str]:
@@ -618,10 +607,11 @@ def cut_parts(found: dict[str, dict[str, list[int]]]) -> list[tuple[str, list[Sp
     total = sum(size for files in found.values() for size, _ in files.values())
     part_size, parts = min(max(total // 1000 // MIB, 1) * MIB, SHARD), []
     for source, files in found.items():
-        spans = [Span(file, start, min(start + step, size)) for file, (size, _) in files.items()
-                 for step in [part_size if file.endswith(SPANNED) else
-                              SHARD if file.startswith("hub:") else max(size, 1)]
-                 for start in range(0, size, step)]
+        spans = []
+        for file, (size, _) in files.items():
+            step = SHARD if file.startswith("hub:") else max(size, 1)
+            step = part_size if file.endswith(SPANNED) else step
+            spans += [Span(file, i, min(i + step, size)) for i in range(0, size, step)]
         ends = itertools.accumulate(span.stop - span.start for span in spans)
         groups = itertools.groupby(zip(spans, ends), lambda pair: (pair[1] - 1) // part_size)
         parts += [(source, [span for span, _ in group]) for _, group in groups]
@@ -643,7 +633,7 @@ def read(source: str, span: Span, field: str | None = None) -> Iterator[Record]:
                             else line_records(span, raw))
 
 
-def parquet_records(raw: BinaryIO, field: str | None) -> Iterator[Record]:
+def parquet_records(raw: Any, field: str | None) -> Iterator[Record]:
     import pyarrow.parquet
     file = pyarrow.parquet.ParquetFile(raw, buffer_size=MIB)
     columns = [name for name in file.schema_arrow.names if name in (field, *COLUMNS)]
@@ -669,16 +659,14 @@ def line_records(span: Span, stream: Any) -> Iterator[Record]:
     while at < stop:
         # Up to the stretch's last byte, and then to the end of the line that this byte is in.
         row = stream.read(stretch - at % stretch - 1) + stream.readline()
-        if not row:
-            break
         if row.strip():
             yield Record(line, row if at else row.removeprefix(BOM))
-        at, line = at + len(row), line + row.count(b"\n")
+        at, line = at + len(row) if row else stop, line + row.count(b"\n")
 
 
 def lines_before(span: Span) -> int:
     """How many lines of a file come before its span: counted only for an error message."""
-    count = at = 0
+    at = count = 0
     if span.start and not span.file.startswith("hub:"):
         with open(span.file, "rb") as file:
             while at < span.start:
@@ -703,9 +691,7 @@ def python_files(source: str) -> list[str]:
     files = [path for path in LIBRARY.rglob("*.py")
              if not NOT_CODE.intersection(path.relative_to(LIBRARY).parts)
              and not path.name.startswith("_sysconfigdata")]
-    if source == "general" and TOPICS.exists():
-        files.append(TOPICS)
-    return sorted(map(str, files))
+    return sorted(map(str, files + [TOPICS] * (source == "general" and TOPICS.exists())))
 
 
 def python_records(source: str, path: Path) -> Iterator[Record]:
@@ -714,21 +700,21 @@ def python_records(source: str, path: Path) -> Iterator[Record]:
     The split goes by the module's name: a module that is held out is so in both, so that no
     held-out source has its docstrings in the training text. Nothing is imported.
     """
-    text, key = path.read_text("utf-8", errors="replace"), str(path.relative_to(LIBRARY))
-    if path == TOPICS:              # one dict, {topic: text}
-        for topic, text in ast.literal_eval(ast.parse(text).body[0].value).items():
-            yield Record(1, text.encode(), f"topic {topic}")
-        return
-    if source == "general":
+    text = path.read_text("utf-8", errors="replace")
+    documents = {str(path.relative_to(LIBRARY)): text}
+    if path == TOPICS:
+        documents = ast.literal_eval(ast.parse(text).body[0].value)     # {topic: text}
+    elif source == "general":
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
-        text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
-    yield Record(1, text.encode(), key)
+        documents = dict.fromkeys(documents, "\n\n".join(
+            filter(None, map(ast.get_docstring, nodes))))
+    yield from (Record(1, text.encode(), key) for key, text in documents.items())
 
 
 # ------------------------------------------------------------------------------ tokenizer files
 
-GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # JSON has no bytes: GPT-2 writes them as Latin-1, and from U+0100 on those that have no glyph.
 GLYPHS = dict(zip([*range(33), *range(127, 161), 173], itertools.count(256)))
 BYTES = {glyph: byte for byte, glyph in GLYPHS.items()}
@@ -767,29 +753,31 @@ def refuse(unsupported: Iterable[str]) -> None:
         raise ValueError(f"not supported: {names}")
 
 
-def read_roles(files: dict[str, bytes], ids: dict[str, int], **defaults: Any) -> dict[str, Any]:
-    """The special tokens that tokenizer_config.json names, or else the defaults."""
-    config = defaults | json.loads(files.get("tokenizer_config.json", b"{}"))
-    eos, bos = (config[role]["content"] if isinstance(config[role], dict) else config[role]
-                for role in ("eos_token", "bos_token"))
-    if eos not in ids:
-        raise ValueError(f"its end-of-text token is {eos!r}: tokenizer_config.json must name one "
+def read_roles(files: dict[str, bytes], ids: dict[str, int], eos: str | None, bos: str | None,
+               add_bos: bool) -> dict[str, Any]:
+    """Which tokens end and begin a text: what tokenizer_config.json says, or else the defaults."""
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    eos, bos = config.get("eos_token", eos), config.get("bos_token", bos)
+    eos, bos = (ids.get(role["content"] if isinstance(role, dict) else role) for role in (eos, bos))
+    if eos is None:
+        raise ValueError("its end-of-text token is not known: tokenizer_config.json must name one "
                          "of its tokens as eos_token")
-    add_bos = config["add_bos_token"]
-    add_bos = defaults["add_bos_token"] if add_bos is None else add_bos
-    return {"eos_id": ids[eos], "bos_id": ids.get(bos), "add_bos": bool(add_bos and bos in ids)}
+    asked = config.get("add_bos_token")
+    return {"eos_id": eos, "bos_id": bos,
+            "add_bos": bos is not None and (add_bos if asked is None else asked)}
 
 
 def write_tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict[str, bytes]:
     """The files of a byte-level tokenizer, as transformers and `read_tokenizer_json` read them."""
-    tokens = [*(bytes([b]) for b in range(256)), *(left + right for left, right in merges)]
+    tokens = [bytes([b]) for b in range(256)] + [left + right for left, right in merges]
     name = {token: token.decode("latin-1").translate(GLYPHS) for token in tokens}
-    content, config = json.loads(TOKENIZER_JSON), {"eos_token": END, "add_bos_token": False}
+    content = json.loads(TOKENIZER_JSON)
     content["added_tokens"][0] |= {"id": len(tokens), "content": END}
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PATTERN
-    content["model"]["vocab"] = {name[token]: i for i, token in enumerate(tokens)}
-    content["model"]["merges"] = [[name[left], name[right]] for left, right in merges]
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    content["model"] |= {"vocab": {name[token]: i for i, token in enumerate(tokens)},
+                         "merges": [[name[left], name[right]] for left, right in merges]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END,
+              "add_bos_token": False}
     return {"tokenizer.json": json.dumps(content, ensure_ascii=False).encode(),
             "tokenizer_config.json": json.dumps(config).encode()}
 
@@ -797,17 +785,15 @@ def write_tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict[str, bytes]:
 def word_pattern(pre_tokenizer: dict[str, Any]) -> str:
     """The pattern with which tiktoken cuts a text into the same words."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    match [{"use_regex": True} | step for step in steps]:
-        case [*digits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            match digits:
-                case []:
-                    return GPT2
-                case [{"type": "Digits", "individual_digits": True}]:
-                    # Each digit is a word, and is the end of the text before it.
-                    return GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\S", r"[^\s\p{N}]")
+    *first, last = [{"use_regex": True} | step for step in steps]
+    match first, (last.get("type"), last.get("add_prefix_space"), last["use_regex"]):
+        case [], ("ByteLevel", False, True):
+            return GPT2
+        case [{"type": "Digits", "individual_digits": True}], ("ByteLevel", False, True):
+            # Each digit is a word, and is the end of the text before it.
+            return GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\S", r"[^\s\p{N}]")
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-               "invert": False},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+               "invert": False}], ("ByteLevel", False, False):
             return pattern
     raise ValueError(f"not supported: the pre_tokenizer {json.dumps(pre_tokenizer)}")
 
@@ -827,26 +813,22 @@ def read_tokenizer_json(files: dict[str, bytes]) -> Tokenizer:
             if model.get(key)] + ["normalizer"] * bool(content.get("normalizer"))
            + [token["content"] for token in content["added_tokens"] if not token["special"]])
     ids = model["vocab"] | added
-    if sorted(ids.values()) != list(range(len(ids))):
-        raise ValueError("its ids are not 0, 1, 2, ...")
     token_of = {name: b"" if name in added else name.translate(BYTES).encode("latin-1")
                 for name in sorted(ids, key=ids.get)}
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged = [ids[left + right] for left, right in merges]
-    if merged != sorted(merged):
-        raise ValueError("its ids do not follow the order of its merges")
+    if merged != sorted(merged) or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError("its ids are not 0, 1, 2, ... in the order of its merges")
     # tiktoken looks a word up before it merges; a tokenizer.json only with ignore_merges.
-    known = set(merged) if not model.get("ignore_merges") else set(ids.values())
-    ranks = {token: ids[name] for name, token in token_of.items()
-             if len(token) == 1 or token and ids[name] in known}
-    if sum(len(token) == 1 for token in ranks) < 256:
-        raise ValueError("it has no tokens for all 256 bytes")
+    known = set(range(len(ids))) if model.get("ignore_merges") else set(merged)
+    ranks = {token: i for i, token in enumerate(token_of.values())
+             if len(token) == 1 or token and i in known}
+    refuse(f"a vocabulary without the byte {b}" for b in range(256) if bytes([b]) not in ranks)
     template = json.dumps(content.get("post_processor"))    # what it puts around a text
-    first = re.search(r'"single": \[{"SpecialToken": {"id": ("[^"]*")', template)
-    defaults = {"eos_token": END, "bos_token": first and json.loads(first[1]),
-                "add_bos_token": bool(first)}
+    first = re.search(r'"single": \[{"SpecialToken": {"id": "([^"]*)"', template)
+    roles = read_roles(files, ids, END, first and first[1], bool(first))
     tokenizer = Tokenizer([*token_of.values()], ranks, word_pattern(content["pre_tokenizer"] or {}),
-                          files, **read_roles(files, ids, **defaults))
+                          files, **roles)
     sample = "".join(map(chr, range(0x3000)))
     if tokenizer.decode(tokenizer.encode(sample)) != sample:
         raise ValueError("its pattern leaves out characters")
@@ -857,13 +839,13 @@ def read_tokenizer_json(files: dict[str, bytes]) -> Tokenizer:
 
 SPACE = "\u2581"                                            # SentencePiece's visible space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)    # its types of pieces
-SENTENCEPIECE = ((2, 3, 1, 2, "a model other than BPE"),    # part, field, default, needed, or else
-                 (2, 35, 0, 1, "no byte fallback"),
-                 (2, 24, 0, 0, "spaces as suffixes"),
-                 (3, 2, b"", b"", "normalization rules"),
-                 (3, 3, 1, 1, "no space put in front"),
-                 (3, 4, 1, 0, "removal of extra spaces"),
-                 (3, 5, 1, 1, "spaces that are not escaped"))
+SUPPORTED = ((2, 3, 1, 2, "a model other than BPE"),        # part, field, default, needed, or else
+             (2, 35, 0, 1, "no byte fallback"),
+             (2, 24, 0, 0, "spaces as suffixes"),
+             (3, 2, b"", b"", "normalization rules"),
+             (3, 3, 1, 1, "no space put in front"),
+             (3, 4, 1, 0, "removal of extra spaces"),
+             (3, 5, 1, 1, "spaces that are not escaped"))
 
 
 @dataclass(eq=False)
@@ -892,8 +874,54 @@ class SentencePiece(Tokenizer):
         return text[1:] if text.startswith(" ") and (tokens[0],) != self.ids[0x20] else text
 
 
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of a protobuf message: an integer, or the bytes of anything else."""
+    stream = io.BytesIO(message)
+
+    def varint() -> int:                                    # 7 bits a byte, the lowest first
+        byte = stream.read(1)[0]
+        return byte if byte < 128 else byte - 128 + (varint() << 7)
+
+    while stream.tell() < len(message):
+        number, kind = divmod(varint(), 8)
+        value = size = varint() if kind in (0, 2) else {1: 8, 5: 4}.get(kind, len(message))
+        if kind:
+            value = stream.read(size)
+            if len(value) < size:
+                raise ValueError("damaged protobuf")
+        yield number, value
+
+
+def read_sentencepiece(files: dict[str, bytes]) -> SentencePiece:
+    """Read a tokenizer.model (sentencepiece_model.proto's ModelProto, as far as it matters here)
+    and the tokens that tokenizer_config.json adds to it."""
+    pieces, parts = [], {2: {}, 3: {}}                      # 2 trainer, 3 normalizer
+    for number, value in protobuf_fields(files["tokenizer.model"]):
+        fields = dict(protobuf_fields(value))
+        if number == 1:                                     # pieces: 1 text, 2 score, 3 type
+            score = np.frombuffer(fields.get(2, bytes(4)), "<f4")[0]
+            pieces.append((fields[1].decode(), score, fields.get(3, NORMAL)))
+        else:
+            parts[number] = fields
+    refuse([name for part, number, default, needed, name in SUPPORTED
+            if parts[part].get(number, default) != needed]
+           + ["unused pieces"] * any(kind == UNUSED for _, _, kind in pieces))
+    eos, bos = (parts[2].get(number, number - 40) for number in (42, 41))       # by default 2, 1
+    eos, bos = (pieces[i][0] if i < len(pieces) else None for i in (eos, bos))
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    added = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    for i, token in sorted(added.items()):
+        text = token["content"].replace(" ", SPACE)
+        if i == len(pieces):
+            pieces.append((text, 0, CONTROL if token["special"] else USER_DEFINED))
+        elif i > len(pieces) or pieces[i][0] != text:
+            raise ValueError(f"tokenizer_config.json says that {text!r} is {i}; it is not")
+    ids = {text: i for i, (text, _, _) in enumerate(pieces)}
+    return sentencepiece_tokenizer(pieces, files, read_roles(files, ids, eos, bos, True))
+
+
 def sentencepiece_tokenizer(vocabulary: list[tuple[str, float, int]], files: dict[str, bytes],
-                            **roles: Any) -> SentencePiece:
+                            roles: dict[str, Any]) -> SentencePiece:
     """vocabulary: (text, score, type) by id.
 
     SentencePiece merges characters, the best score first, and spells what it does not know in
@@ -905,21 +933,20 @@ def sentencepiece_tokenizer(vocabulary: list[tuple[str, float, int]], files: dic
     of_kind = {kind: {text: i for i, (text, _, k) in enumerate(vocabulary) if k == kind}
                for kind in (NORMAL, USER_DEFINED, BYTE)}
     normal, spelled = of_kind[NORMAL], [i for _, i in sorted(of_kind[BYTE].items())]
-    if any(SPACE in text.lstrip(SPACE) for text in normal):
-        raise ValueError("pieces with a space after another character are not supported")
+    refuse({"a space after another character" for text in normal if SPACE in text.lstrip(SPACE)})
     characters = sorted(text.encode() for text in normal if len(text) == 1)
     starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
-    tokens = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:])]
     merged = sorted((text for text in normal if len(text) > 1),
                     key=lambda text: (-vocabulary[normal[text]][1], -len(text)))
+    tokens = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:]),
+              *(text.encode() for text in merged)]
     # No piece has SPACE after another character, so no merge crosses the border before it.
     pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
     # tiktoken looks a whole word up before it merges, and so finds even a piece that no merges
     # lead to. Such pieces, which fall apart when a NUL follows, get no rank.
-    ranks = {token: i for i, token in enumerate(tokens + [text.encode() for text in merged])}
-    trial = Tokenizer([], ranks, pattern, {}, 0)
-    tokens += [text.encode() for text in merged
-               if trial.encode(text + "\0") == [ranks[text.encode()], 0]]
+    trial = Tokenizer([], {token: i for i, token in enumerate(tokens)}, pattern, {}, 0)
+    lost = {text.encode() for text in merged if len(trial.encode(text + "\0")) > 2}
+    tokens = [token for token in tokens if token not in lost]
     pieces = [b"" if kind in (UNKNOWN, CONTROL) else bytes([int(text[3:5], 16)])
               if kind == BYTE else text.replace(SPACE, " ").encode()
               for text, _, kind in vocabulary]
@@ -927,54 +954,6 @@ def sentencepiece_tokenizer(vocabulary: list[tuple[str, float, int]], files: dic
     ids = [id_of.get(token) or tuple(spelled[b] for b in token) for token in tokens]
     return SentencePiece(pieces, {token: i for i, token in enumerate(tokens)}, pattern, files,
                          **roles, ids=ids, fixed=of_kind[USER_DEFINED])
-
-
-def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (number, value) of a protobuf message: an integer, or the bytes of anything else."""
-    stream = io.BytesIO(message)
-
-    def varint() -> int:                                    # 7 bits a byte, the lowest first
-        byte = stream.read(1)[0]
-        return byte if byte < 128 else byte - 128 + (varint() << 7)
-
-    while stream.tell() < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 5: 4}.get(wire_type) or varint()
-        if wire_type not in (1, 2, 5) or stream.tell() + size > len(message):
-            raise ValueError("damaged protobuf")
-        yield number, stream.read(size)
-
-
-def read_sentencepiece(files: dict[str, bytes]) -> SentencePiece:
-    """Read a tokenizer.model (sentencepiece_model.proto's ModelProto, as far as it matters here)
-    and the tokens that tokenizer_config.json adds to it."""
-    pieces, parts = [], {2: {}, 3: {}}                      # 2 trainer, 3 normalizer
-    for number, value in protobuf_fields(files["tokenizer.model"]):
-        if number == 1:                                     # pieces: 1 text, 2 score, 3 type
-            piece = dict(protobuf_fields(value))
-            score = np.frombuffer(piece.get(2, bytes(4)), "<f4").item()
-            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
-        elif number in parts:
-            parts[number] = dict(protobuf_fields(value))
-    refuse([name for part, number, default, expected, name in SENTENCEPIECE
-            if parts[part].get(number, default) != expected]
-           + ["unused pieces"] * any(kind == UNUSED for _, _, kind in pieces))
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    for i, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda t: int(t[0])):
-        text = token["content"].replace(" ", SPACE)
-        if int(i) == len(pieces):
-            pieces.append((text, 0, CONTROL if token["special"] else USER_DEFINED))
-        if pieces[int(i)][0] != text:
-            raise ValueError(f"tokenizer_config.json says that {i} is {text!r}, and not "
-                             f"{pieces[int(i)][0]!r}")
-    ids, trainer = {text: i for i, (text, _, _) in enumerate(pieces)}, parts[2]
-    names = dict(enumerate(ids))
-    roles = read_roles(files, ids, bos_token=names.get(trainer.get(41, 1)), add_bos_token=True,
-                       eos_token=names.get(trainer.get(42, 2)))
-    return sentencepiece_tokenizer(pieces, files, **roles)
 
 
 READERS = {"tokenizer.model": read_sentencepiece,           # the first that a folder has is taken
@@ -1026,17 +1005,16 @@ def fetch(task: str, out: str | Path) -> None:
 
 def check_writable(path: str | Path) -> Path:
     """The path of a file that is to be written later: ValueError now rather than after hours."""
-    path = Path(path)
+    path, existed = Path(path), Path(path).exists()
     try:
-        if not path.name or path.exists() and not path.is_file():
-            raise ValueError("it is a folder or a device")
-        trial = path.with_name(path.name + ".tmp")          # write_whole's temporary file
-        trial.touch()
-        trial.unlink()
-    except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{str(path)!r} cannot be written ({reason}): expected the name of a "
-                         "file, in a folder that exists") from None
+        if existed and not path.is_file():
+            raise OSError(0, "it is a folder or a device")
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be written ({error.strerror}): expected the name "
+                         "of a file, in a folder that exists") from None
     return path
 
 
@@ -1052,7 +1030,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[Any]:
     """A file to write, which takes its name only when it is complete and on the disk.
 
     A crash at any moment leaves the old file or the new one, never a part of one.
@@ -1076,22 +1054,30 @@ def write_whole(path: str | Path, chunks: Iterable[bytes]) -> None:
         file.writelines(chunks)
 
 
+def checkpoint_folder(path: str | Path) -> Path:
+    """The newest checkpoint of a run's folder: NAME -> NAME/step-000320.
+
+    A folder that is a checkpoint itself (it has a config.json), or that has no steps, is returned
+    as it is. A step that is still being written has another name, step-000320.partial.
+    """
+    path = Path(path).expanduser()
+    steps = [step for step in path.glob("step-*") if step.name[5:].isdecimal()]
+    if not steps or (path / "config.json").exists():
+        return path
+    return max(steps, key=lambda step: int(step.name[5:]))
+
+
 @contextmanager
 def claim(folder: str | Path) -> Iterator[None]:
     """Within it, this process alone writes in a folder: a file beside it, FOLDER.lock, names the
-    owner, since not every file system has locks. ValueError if there is another owner; one that
-    died on this computer owns nothing any more."""
-    lock, here = Path(f"{folder}.lock"), platform.node()
+    owner, since not every file system has locks. ValueError if there is another owner."""
+    lock = Path(f"{folder}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        host, pid = lock.read_text().split()
-        if host == here and not is_running(int(pid)):
-            lock.unlink(missing_ok=True)
-    except (OSError, ValueError):   # nobody has claimed it, or it cannot be told who
-        pass
+    if is_stale(lock):
+        lock.unlink(missing_ok=True)
     try:
         with open(lock, "x") as file:                       # fails if it exists
-            file.write(f"{here} {os.getpid()}")
+            file.write(f"{platform.node()} {os.getpid()}")
     except FileExistsError:
         raise ValueError(f"another run writes in {folder} (computer and process: "
                          f"{lock.read_text()}): wait for it, or choose another name; if it is "
@@ -1102,28 +1088,20 @@ def claim(folder: str | Path) -> Iterator[None]:
         lock.unlink(missing_ok=True)
 
 
-def is_running(pid: int) -> bool:
-    """Whether another process has this number."""
+def is_stale(lock: Path) -> bool:
+    """Whether a lock's owner has died, as far as this computer knows."""
     try:
-        os.kill(pid, 0)             # sends nothing
+        computer, process = lock.read_text().split()
+        if computer != platform.node():
+            return False
+        if int(process) != os.getpid():
+            os.kill(int(process), 0)                        # sends nothing, but looks for it
+            return False
+        return True
     except ProcessLookupError:
+        return True
+    except (OSError, ValueError):   # no lock; another user's process; it is being written
         return False
-    except PermissionError:         # another user's
-        pass
-    return pid != os.getpid()
-
-
-def checkpoint_folder(path: str | Path) -> Path:
-    """The newest checkpoint of a run's folder: NAME -> NAME/step-000320.
-
-    A folder that is a checkpoint itself (it has a config.json), or that has no steps, is returned
-    as it is. A step that is still being written has another name, step-000320.partial.
-    """
-    path = Path(path).expanduser()
-    steps = [step for step in path.glob("step-*") if step.name[5:].isdecimal() and step.is_dir()]
-    if not steps or (path / "config.json").exists():
-        return path
-    return max(steps, key=lambda step: int(step.name[5:]))
 
 
 # ------------------------------------------------------------------------------ command line
@@ -1137,16 +1115,15 @@ def main(argv: list[str] | None = None) -> None:
     tokenize.add_argument("--tokenizer", required=True, help="a tokenizer's file or folder")
     tokenize.add_argument("--val-fraction", type=float, default=0.05, help="documents held out")
     tokenize.add_argument("--max-bad", type=int, default=100, help="bad records to skip")
-    rows = commands.add_parser("fetch", help="download the rows of evaluate.py's tasks")
-    rows.add_argument("task", help=f"all, or one of {', '.join(BENCHMARKS)}")
-    for command in (train, tokenize, rows):
-        command.add_argument("--out", required=True, help="folder to write")
-        if command is rows:
-            continue
+    for command in (train, tokenize):
         command.add_argument("--source", action="append", required=True, metavar="NAME[=PATH]",
                              help=f"NAME=file or folder ({', '.join(KINDS)}), or "
                                   f"NAME=hub:DATASET, or {', '.join(READY)}")
         command.add_argument("--field", help="where a row has its text, if not in text or content")
+    rows = commands.add_parser("fetch", help="download the rows of evaluate.py's tasks")
+    rows.add_argument("task", help=f"all, or one of {', '.join(BENCHMARKS)}")
+    for command in (train, tokenize, rows):
+        command.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)
     try:
         if args.command == "train-tokenizer":

@@ -106,12 +106,12 @@ def test_the_embedded_corpus_is_the_standard_library_and_nothing_else(code):
 def test_the_general_corpus_is_docstrings_and_help_topics_without_importing(general):
     assert not {"antigravity", "turtledemo", "this"} & set(sys.modules), "modules were imported"
     assert "Command-line parsing library" in general["argparse.py"]
-    assert "raise AssertionError" in general["topic assert"], "pydoc's topics are missing"
+    assert "raise AssertionError" in general["assert"], "pydoc's topics are missing"
     assert sum(map(len, general.values())) > 1_000_000
 
 
 def test_a_held_out_module_is_held_out_of_both_embedded_sources(code, general):
-    modules = {key for key in general if not key.startswith("topic")}
+    modules = {key for key in general if key.endswith(".py")}
     assert modules == set(code), (
         "the same module has another key in the other source, so that docstrings of held-out "
         "sources can be in the training text")
@@ -331,7 +331,7 @@ def test_slimpajama_comes_without_its_books(hub, bpe, tmp_path, place):
 
 def test_a_row_that_does_not_say_whether_to_leave_it_out_is_bad(bpe, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a book?"}\n')
-    with pytest.raises(ValueError, match="line 1: no field 'meta', which says what slimpajama"):
+    with pytest.raises(ValueError, match="line 1: no text .*'meta'"):
         data.prepare([f"slimpajama={tmp_path}"], bpe, tmp_path / "out", max_bad=0)
 
 
@@ -386,7 +386,7 @@ def test_a_folder_holds_what_its_manifest_says(bpe, tmp_path, small_parts):
     for split in data.SPLITS:
         texts, entry = documents(tmp_path / "out", split), manifest["sources"]["a"][split]
         assert len(texts) > 5
-        assert entry["tokens"] == len(data.Corpus(tmp_path / "out", split).tokens("a"))
+        assert entry == len(data.Corpus(tmp_path / "out", split).tokens("a"))
         assert all(data.is_validation(text, 0.1) == (split == "val") for text in texts)
         assert manifest["sources"]["b"][split] == entry
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == \

@@ -146,7 +146,7 @@ def added_token(**flags) -> dict:
 @pytest.mark.parametrize("change, message", [
     (lambda c: c["model"]["vocab"].pop("A"), "not 0, 1, 2"),
     (lambda c: c["model"]["vocab"].update(A=66), "not 0, 1, 2"),
-    (lambda c: c["model"]["vocab"].update({"AA": c["model"]["vocab"].pop("A")}), "all 256 bytes"),
+    (lambda c: c["model"]["vocab"].update({"AA": c["model"]["vocab"].pop("A")}), "without the byte 65"),
     (lambda c: c["model"]["merges"].reverse(), "order of its merges"),
     (lambda c: c["model"]["merges"].append(["q", "q"]), "'qq'"),
     (lambda c: c["model"].update(byte_fallback=True), "byte_fallback"),
