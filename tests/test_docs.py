@@ -1,10 +1,14 @@
-"""The pages are true: their figures are computed again, their commands exist, their links lead
-somewhere.
+"""The pages are true: their figures are computed again, their commands and links exist.
 
     pytest tests/test_docs.py
+    python tests/test_docs.py           # writes the line numbers in the README's links anew
 """
+import argparse
+import ast
+import importlib
 import math
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +18,11 @@ import torch
 from model import PRESETS, Cache, ModelConfig, Transformer
 from speculative import (FIRST_GAMMA, MAX_GAMMA, Drafts, Sampling, advance, decide, expected_tokens,
                          next_gamma, propose, residual, sample, verify)
+from train import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 EXPLAINED = (ROOT / "docs" / "explained.md").read_text()
 FLOWING = " ".join(EXPLAINED.split())           # a sentence may go over the end of a line
 
@@ -200,3 +207,133 @@ def test_bf16_rounds_as_the_page_says():
            "256 + (1 + 1) is 258", "255 and 258")
     assert [f"{100 * n / 164:.2f}" for n in (51, 56, 55)] == ["31.10", "34.15", "33.54"]
     expect("31.10%", "51 of 164", "34.15% without and 33.54% with a draft: 56 and 55 problems")
+
+
+def test_the_recipe_in_three_versions():
+    rows = {row[0]: row[1:] for row in table_rows(section(6))}
+    for stage, recipe, says, nodes_in_code, nodes, accumulation in (
+            ("pretraining", "amd-135m", (1024, 670), 8, 4, math.ceil),
+            ("fine-tuning", "amd-135m-code", (320, 21), 1, 1, math.floor)):
+        # The arithmetic of AMD's two scripts (AMD-AIG-AIMA/AMD-LLM at 1f4de24): micro-batches of 16
+        # on 8 devices a node, the steps rounded up to the next 2000.
+        of_a_device = 16 * accumulation(says[0] / nodes_in_code // 8 / 16)
+        assumed, actual = (of_a_device * 8 * n for n in (nodes_in_code, nodes))
+        steps = int(says[1] * 10**9 / (assumed * 2048) // 2000 + 1) * 2000
+        ours, = RECIPES[recipe]
+        assert ours.block == 2048
+        assert rows[f"rows of a {stage} step"] == [str(says[0]), str(actual), str(ours.rows)]
+        assert rows[f"{stage} steps"] == ["", f"{steps:,}", f"{ours.steps:,}"]
+        assert rows[f"{stage} tokens"] == [f"{says[1]}B"] + [
+            f"{tokens / 1e9:.1f}B" for tokens in (steps * actual * 2048, ours.steps * ours.batch_tokens)]
+        assert ours.weight_decay == 0.1
+
+
+# ---- All pages: commands -----------------------------------------------------------------------
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's code blocks that run something, with their continuations."""
+    lines = []
+    for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.removeprefix("$ ")
+            if re.match(r"(python|torchrun|pytest|pip|hf|cd) ", line):
+                lines += [part.strip() for part in line.split("&&")]
+    return lines
+
+
+class Parsed(BaseException):
+    """Ends a script when its command line has been read."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_one_that_the_script_takes(page, monkeypatch, capsys):
+    """Each is parsed by its script's own parser, which then stops: flags, choices and types."""
+    parse, count = argparse.ArgumentParser.parse_args, 0
+
+    def parse_and_stop(self, argv=None, namespace=None):
+        raise Parsed(parse(self, argv, namespace))
+    for command in commands(page):
+        words = shlex.split(command, comments=True)
+        script = next((word for word in words if word.endswith(".py")), "")
+        if words[0] in ("python", "torchrun") and script and words[:2] != ["python", "-c"]:
+            assert (ROOT / script).exists(), f"{page.name} runs {script}, which is not there"
+            monkeypatch.syspath_prepend(str((ROOT / script).parent))
+            module = importlib.import_module(Path(script).stem)
+            with monkeypatch.context() as patch:
+                patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+                try:
+                    module.main(words[words.index(script) + 1:])
+                except Parsed:
+                    count += 1
+                except SystemExit:
+                    pytest.fail(f"{page.name} has a command that its script refuses:\n  {command}\n"
+                                f"{capsys.readouterr().err}")
+                else:
+                    pytest.fail(f"{script} took no notice of: {command}")
+    assert count >= {"README.md": 10, "measured.md": 10}.get(page.name, 0)
+
+
+# ---- All pages: links --------------------------------------------------------------------------
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, place = target.partition("#")
+        file = page.parent / path if path else page
+        if "://" in target:
+            continue
+        assert file.exists(), f"{page.name} links to {target}: there is no such file"
+        if place and not re.fullmatch(r"L\d+-L\d+", place):
+            assert place in anchors(file), f"{page.name} links to {target}: no such heading"
+
+
+def line_range(file: str, name: str) -> tuple[int, int]:
+    """First and last line of a function or a method."""
+    body, node = ast.parse((ROOT / file).read_text()).body, None
+    for part in name.split("."):
+        node = next((node for node in body if getattr(node, "name", "") == part), None)
+        assert node, f"the README names {name}, which {file} does not have"
+        body = node.body
+    return node.lineno, node.end_lineno
+
+
+RANGE = re.compile(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)-L(\d+)\)")
+
+
+def test_the_lines_to_read_first_are_where_the_readme_says():
+    ranges = RANGE.findall(README.read_text())
+    for name, file, first, last in ranges:
+        start, end = line_range(file, name)
+        assert (int(first), int(last)) == (start, end), (
+            f"{name} is in lines {start} to {end} of {file}: run python tests/test_docs.py, which "
+            "corrects the README")
+    lines = sum(int(last) - int(first) + 1 for _, _, first, last in ranges)
+    promised = int(re.search(r"The (\d+) lines to read first", README.read_text())[1])
+    assert abs(lines - promised) <= 5, f"they are {lines} lines, and the README says {promised}"
+
+
+def test_the_readme_is_short_and_names_what_exists():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150, "the README has more than 150 lines: move something out"
+    for file, name in (("model", "PRESETS"), ("train", "RECIPES"), ("train", "TrainConfig"),
+                       ("data", "READY"), ("evaluate", "Question"), ("evaluate", "TASKS")):
+        assert f"`{name}`" in text and hasattr(importlib.import_module(file), name), name
+    lost = re.search(r"(\d+) of HumanEval's own 164 solutions", text)[1]
+    assert f"{100 * (164 - int(lost)) / 164:.1f}%" in text and lost in importlib.import_module(
+        "evaluate").amd_cut.__doc__
+    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split(
+        "[project.optional-dependencies]")[1].split("\n[")[0], re.M))
+    assert {"test", *re.findall(r"extra `(\w+)`", text)} <= extras
+
+
+if __name__ == "__main__":
+    def corrected(match: re.Match) -> str:
+        start, end = line_range(match[2], match[1])
+        return f"[`{match[1]}`]({match[2]}#L{start}-L{end})"
+    README.write_text(RANGE.sub(corrected, README.read_text()))
