@@ -290,11 +290,13 @@ def expected_tokens(alpha: float, gamma: int) -> float:
 
 
 def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: float,
-                      tokens=1.0, plain_reading=0.0, reading=0.0) -> float:
-    """Leviathan, Theorem 3.8, from the costs of drafting a token, of verifying gamma + 1 (one, in
-    the theorem), and of reading the prompt before `tokens` are written: by the target alone, and by
-    both models. All costs are in steps of plain decoding."""
-    rounds = tokens / expected_tokens(alpha, gamma)
+                      tokens=1e9, plain_reading=0.0, reading=0.0) -> float:
+    """Leviathan, Theorem 3.8, from the costs of drafting a token and of verifying gamma + 1 (one,
+    in the theorem). If `tokens` are written, two things count that the theorem leaves out: reading
+    the prompt, by the target alone and by both models, and that the last round is cut off, in its
+    middle on average. All costs are in steps of plain decoding."""
+    a_round = expected_tokens(alpha, gamma)
+    rounds = (tokens + (a_round - 1) / 2) / a_round
     round_cost = gamma * draft_cost + verify_cost
     return (plain_reading + tokens) / (reading + rounds * round_cost)
 
@@ -726,13 +728,13 @@ def compare(decoders: list[Decoder], prompts: list[list[int]], new: int, seed: i
     return stats, texts
 
 
-def figures(plain: Stats, fast: Stats) -> dict:
+def figures(plain: Stats, fast: Stats, prompts: int) -> dict:
     step = (plain.seconds - plain.reading) / plain.rounds       # seconds of a plain step
-    gamma = fast.drafted / fast.rounds
     draft_cost = fast.drafting / fast.drafted / step
     verify_cost = (fast.seconds - fast.reading - fast.drafting) / fast.rounds / step
+    gamma, once = fast.drafted / fast.rounds, step * prompts    # of one prompt, and in steps
     predicted = predicted_speedup(fast.alpha, round(gamma), draft_cost, verify_cost,
-                                  plain.emitted, plain.reading / step, fast.reading / step)
+                                  fast.emitted / prompts, plain.reading / once, fast.reading / once)
     names = ("alpha", "accepted_per_drafted", "tested_at", "accepted_at", "tokens_per_round")
     return {name: getattr(fast, name) for name in names} | {
         "plain_tokens_per_s": plain.tokens_per_s, "speculative_tokens_per_s": fast.tokens_per_s,
@@ -818,7 +820,7 @@ def run(args: argparse.Namespace) -> None:
                     for helper in (None, draft)]
         stats, texts = compare(decoders, prompts, args.max_new_tokens, args.seed,
                                None if results else display, **request)
-        results.append(figures(*stats) | settings | {
+        results.append(figures(*stats, len(prompts)) | settings | {
             "gamma": gamma, "prompts": len(prompts), "seed": args.seed, "dtype": args.dtype,
             "device": str(device), "greedy_match": None if temperature else texts[0] == texts[1]})
         print_table(results[-1])
