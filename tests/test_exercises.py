@@ -123,7 +123,7 @@ WRONG = {
          "        if (*merged[i:i + 2],) == pair:\n"
          "            merged[i:i + 2] = [new]\n"
          "    return merged\n"),
-        ("the last pair is missed", "at the end of the word", "if (*word",
+        ("the last pair is missed", "at the word's end", "if (*word",
          "if i + 2 < len(word) and (*word"),
         ("the last token is lost", "stays as it is", "i < len(word)", "i < len(word) - 1"),
         ("either order", "the pair's order", "(*word[i:i + 2],) == pair",
@@ -132,8 +132,7 @@ WRONG = {
     "the learning rate's schedule": [
         ("a step too early", "the first step", "config.lr * step / config.warmup",
          "config.lr * (step + 1) / config.warmup"),
-        ("t from step 0", "t is counted from the end", "(step - config.warmup) / max(",
-         "step / max("),
+        ("t from step 0", "t is counted from the end", "(step - config.warmup)", "(step)"),
         ("a line", "no line", "(1 + math.cos(math.pi * t)) / 2", "(1 - t)"),
         ("down to 0", "at the last step", "return config.min_lr + (config.lr - config.min_lr) *",
          "return config.lr *"),
