@@ -1,11 +1,11 @@
 """Speculative decoding: a small draft model guesses, the large target checks, and nothing is lost.
 
-A language model writes one token at a time, and for each of them it reads all of its weights from
-memory. Running over six tokens in one pass takes hardly longer than over one, because the weights
-are read once either way. So a small model, the draft, guesses a few tokens; the large one, the
-target, reads all of them in one pass; and a rule accepts or replaces them in such a way that the
-text has exactly the distribution that the target alone would have given it. Only the clock can
-tell the difference.
+A language model writes one token at a time, and for each token the machine fetches all of the
+model's weights from memory, which takes most of the time. To run over six tokens in one pass takes
+hardly longer than over one, because the weights are fetched once either way. So a small model, the
+draft, guesses a few tokens; the large one, the target, reads all of them in one pass; and a rule
+accepts or replaces them in such a way that the text has exactly the distribution that the target
+alone would have given it. Only a clock can tell the difference.
 
 One round. The text so far is t1 .. t5, and the draft guesses G = 4 tokens, d1 .. d4. Each model
 has a cache of the tokens it has read. Between rounds the target has yet to read the last token of
@@ -20,16 +20,16 @@ the text, and the draft the last two:
     or     n = 2       t1 .. t5 d1 d2 x      t1 .. t5 d1 d2         t1 .. t5 d1
     or     n = G = 4   t1 .. t5 d1 .. d4 x   t1 .. t5 d1 .. d4      t1 .. t5 d1 d2 d3
 
-n guesses are accepted, and x is a token that the target draws itself: a round gives 1 to G + 1
-tokens. What a cache holds of rejected guesses is forgotten by setting its position (model.Cache).
-The draft never reads d4. If all four are accepted it has to catch up on it, and that is why it
-begins every round with two tokens instead of one.
+The first n guesses are accepted, and x is a token that the target draws itself, so a round gives 1
+to G + 1 tokens. What a cache holds of rejected guesses is forgotten by moving its position back
+(model.Cache). The draft never reads its last guess, d4. After full acceptance it has to catch up on
+it, and that is why it begins every round with two tokens instead of one.
 
 The rule, at one place of the text and with a vocabulary of three tokens:
 
     token                                          a      b      c     sum
     the target's probabilities, p                0.60   0.30   0.10   1.00
-    the draft's, q: it guesses one token by them 0.30   0.20   0.50   1.00
+    the draft's, q: its guess is drawn from them 0.30   0.20   0.50   1.00
     the guess is accepted with min(1, p/q)       1.00   1.00   0.20
     guessed and accepted: min(p, q)              0.30   0.20   0.10   0.60 = alpha
     residual, what p still lacks: max(0, p - q)  0.30   0.10   0.00   0.40 = 1 - alpha
@@ -37,8 +37,8 @@ The rule, at one place of the text and with a vocabulary of three tokens:
     rejected and replaced: 0.40 times that       0.30   0.10   0.00   0.40
     guessed and accepted, or replaced            0.60   0.30   0.10   1.00 = p
 
-It comes out for any p and q, since min(p, q) + max(0, p - q) = p. A draft that guesses badly costs
-time, never quality. (If all G guesses are accepted, x is drawn from the target's p behind them.)
+It comes out as p for any q, since min(p, q) + max(0, p - q) = p: a draft that guesses badly costs
+time, never quality. (After full acceptance x is drawn from the target's p behind the last guess.)
 
 Symbols are those of Leviathan et al. 2023, "Fast Inference from Transformers via Speculative
 Decoding": p the target's distribution, q the draft's, G the draft length (gamma), alpha the
@@ -260,7 +260,7 @@ class Stats:
         """Call a function and add the seconds that it takes to the field of that name."""
         began = time.perf_counter()
         result = function(*args)
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():         # a GPU goes on when the call has returned
             torch.cuda.synchronize()
         setattr(self, name, getattr(self, name) + time.perf_counter() - began)
         return result
@@ -292,9 +292,9 @@ def expected_tokens(alpha: float, gamma: int) -> float:
 def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: float,
                       tokens=1e9, plain_reading=0.0, reading=0.0) -> float:
     """Leviathan, Theorem 3.8, from the costs of drafting a token and of verifying gamma + 1 (one,
-    in the theorem). If `tokens` are written, two things count that the theorem leaves out: reading
-    the prompt, by the target alone and by both models, and that the last round is cut off, in its
-    middle on average. All costs are in steps of plain decoding."""
+    in the theorem). When few tokens are written, two things count that the theorem leaves out:
+    reading the prompt, by the target alone and by both models, and that the last round is cut off,
+    in its middle on average. All costs are in steps of plain decoding."""
     a_round = expected_tokens(alpha, gamma)
     rounds = (tokens + (a_round - 1) / 2) / a_round
     round_cost = gamma * draft_cost + verify_cost
@@ -334,7 +334,8 @@ class Decoder:
         context, device = target.config.max_position_embeddings, target.device
         self.length = min(length or context, context)
         # G + 1 more places than tokens: the last round may draft beyond the end.
-        places = -(-(self.length + longest + 1) // 64) * 64     # few sizes: a size is compiled for
+        # In steps of 64, because graphs are compiled again for each size.
+        places = -(-(self.length + longest + 1) // 64) * 64
         self.caches = [Cache(model.config, batch, places, device, model.dtype)
                        for model in self.models]
         self.last_two = torch.zeros(batch, 2, dtype=torch.int64, device=device)
@@ -394,7 +395,9 @@ class Decoder:
 
     @torch.inference_mode()
     def rounds(self, prompts, max_new_tokens, eos_id, seed, stats, stop) -> Iterator[Round]:
-        generators = [torch.Generator().manual_seed(seed + b) for b in range(len(prompts))]
+        """The loop itself: read the prompts, then play rounds until every row has ended."""
+        generators = [torch.Generator().manual_seed((seed + b) % 2**63)
+                      for b in range(len(prompts))]
         new, running = [[] for _ in prompts], set(range(len(prompts)))
         G = FIRST_GAMMA if self.gamma == "auto" else self.gamma
         stats.timed("reading", self.read, prompts)
@@ -406,11 +409,13 @@ class Decoder:
             if self.gamma == "auto":                    # a batch goes by its median row
                 G = next_gamma(G, statistics.median_low(outcome.accepted[b] for b in running))
             for b, tokens in enumerate(outcome.tokens):
+                outcome.tokens[b] = []
+                if b not in running:
+                    continue
                 limit = min(max_new_tokens, self.length - len(prompts[b]))
-                kept, ended = until_end(new[b], tokens, limit, eos_id, stop)
-                outcome.tokens[b] = kept if b in running else []
+                outcome.tokens[b], ended = until_end(new[b], tokens, limit, eos_id, stop)
                 new[b] += outcome.tokens[b]
-                if ended and b in running:
+                if ended:
                     running.remove(b)
                     self.active[b] = 0
                     for cache in self.caches:
@@ -429,8 +434,9 @@ def to_host(verdict: Verdict) -> Round:
 def complete(target: Transformer, prompts: list[list[int]], max_new_tokens: int, eos_id=None,
              seed=0, stats=None, stop=None, **settings) -> list[list[int]]:
     """The new tokens of each prompt, all in one batch; settings as for Decoder."""
-    length, new = max(map(len, prompts), default=0) + max(max_new_tokens, 1), [[] for _ in prompts]
+    length = max(map(len, prompts), default=0) + max(max_new_tokens, 1)
     decoder = Decoder(target, batch=len(prompts), length=length, **settings)
+    new = [[] for _ in prompts]
     for outcome in decoder.generate(prompts, max_new_tokens, eos_id, seed, stats, stop):
         for row, tokens in zip(new, outcome.tokens):
             row += tokens
@@ -446,8 +452,8 @@ def check_settings(decoder: Decoder, graphs: bool) -> None:
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected "
                          "temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1")
     if decoder.draft and gamma != "auto" and gamma not in range(1, context + 1):
-        raise ValueError(f"gamma is {gamma!r}: expected 1 drafted token a round to {context} (the "
-                         "target's context), or auto")
+        raise ValueError(f"gamma is {gamma!r}: expected auto, or 1 to {context} drafted tokens a "
+                         "round (the target's context)")
     if graphs and gamma == "auto":
         raise ValueError("gamma is auto, and a graph is recorded for one draft length: give a "
                          "number as --gamma, or leave --graphs out")
@@ -605,7 +611,9 @@ def record(decoder: Decoder) -> bool:
     made from. If it does not, or if there is no compiler, the decoder stays as it was.
     """
     def run(step: Callable, argument):
-        decoder.read([[1, 0, 1]] * len(decoder.active))         # from the same state each time
+        """From the same state each time."""
+        decoder.read([[1, 0, 1]] * len(decoder.active))
+        decoder.u.fill_(0.5)
         return step(argument)
 
     def recorded(step: Callable, argument) -> Callable:
@@ -621,7 +629,7 @@ def record(decoder: Decoder) -> bool:
         decoder.fast = [Compiled(model) for model in decoder.models]
         fast_propose = recorded(propose, G) if G else propose
         fast_decide = recorded(decide, run(fast_propose, G))
-        if (to_host(fast_decide(run(fast_propose, G))) != to_host(decide(run(propose, G)))):
+        if to_host(fast_decide(run(fast_propose, G))) != to_host(decide(run(propose, G))):
             raise RuntimeError("a replayed round gave other tokens")
         decoder.run_propose, decoder.run_decide = fast_propose, fast_decide
         return True
@@ -732,20 +740,22 @@ def figures(plain: Stats, fast: Stats, prompts: int) -> dict:
     step = (plain.seconds - plain.reading) / plain.rounds       # seconds of a plain step
     draft_cost = fast.drafting / fast.drafted / step
     verify_cost = (fast.seconds - fast.reading - fast.drafting) / fast.rounds / step
-    gamma, once = fast.drafted / fast.rounds, step * prompts    # of one prompt, and in steps
-    predicted = predicted_speedup(fast.alpha, round(gamma), draft_cost, verify_cost,
-                                  fast.emitted / prompts, plain.reading / once, fast.reading / once)
+    mean_gamma = fast.drafted / fast.rounds
+    predicted = predicted_speedup(fast.alpha, round(mean_gamma), draft_cost, verify_cost,
+                                  fast.emitted / prompts, plain.reading / prompts / step,
+                                  fast.reading / prompts / step)
     names = ("alpha", "accepted_per_drafted", "tested_at", "accepted_at", "tokens_per_round")
     return {name: getattr(fast, name) for name in names} | {
         "plain_tokens_per_s": plain.tokens_per_s, "speculative_tokens_per_s": fast.tokens_per_s,
         "speedup": fast.tokens_per_s / plain.tokens_per_s, "predicted_speedup": predicted,
-        "draft_cost": draft_cost, "verify_cost": verify_cost, "mean_gamma": gamma,
+        "draft_cost": draft_cost, "verify_cost": verify_cost, "mean_gamma": mean_gamma,
         "tokens": fast.emitted}
 
 
 def print_table(f: dict) -> None:
     mode = f"temperature {f['temperature']}" if f["temperature"] else "greedy"
     agree = {True: "equal", False: "DIFFERENT", None: "not compared (sampled)"}[f["greedy_match"]]
+    gamma = f"auto, {f['mean_gamma']:.1f} on average" if f["gamma"] == "auto" else f["gamma"]
     positions = [f"{a / t:.2f} of {t}" for a, t in zip(f["accepted_at"], f["tested_at"]) if t]
     print(f"""
 {mode}, {f["dtype"]}, {f["device"]}, {f["prompts"]} prompts, {f["tokens"]} tokens
@@ -753,8 +763,7 @@ def print_table(f: dict) -> None:
   speculative decoding       {f["speculative_tokens_per_s"]:.1f} tokens/s
   speed-up                   {f["speedup"]:.2f}x (predicted {f["predicted_speedup"]:.2f}x: a guess \
 costs {f["draft_cost"]:.3f}, verifying {f["verify_cost"]:.2f} steps)
-  accepted / drafted         {f["accepted_per_drafted"]:.3f} with gamma {f["gamma"]} \
-(mean {f["mean_gamma"]:.1f})
+  accepted / drafted         {f["accepted_per_drafted"]:.3f} with gamma {gamma}
   alpha (accepted / tested)  {f["alpha"]:.3f}
   acceptance by position     {", ".join(positions)}
   tokens a round             {f["tokens_per_round"]:.2f}

@@ -668,7 +668,7 @@ def test_held_out_prompts_end_with_a_functions_head(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (("--target", "nowhere"), "nowhere"), (("--draft", "stranger"), "another vocabulary"),
     (("--target", "small"), "270 entries"), (("--device", "quantum"), "quantum"),
-    (("--gamma", "0"), "gamma"), (("--gamma", "many"), "expected 1 drafted token"),
+    (("--gamma", "0"), "gamma"), (("--gamma", "many"), "expected auto, or 1 to 64"),
     (("--prompt", "x" * 99), "shorten the prompt"), (("--max-new-tokens", "0"), "max_new_tokens"),
     (("--top-p", "2"), "top_p"), (("--temperature", "nan"), "temperature nan"),
     (("--device", "meta"), "meta"), (("--bogus",), "--bogus"), (("--seed", "one"), "--seed"),
