@@ -34,12 +34,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import speculative
-from model import (PRESETS, Transformer, load_checkpoint, reading, resolve_device,
-                   save_checkpoint)
+from model import PRESETS, Transformer, load_checkpoint, reading, resolve_device, save_checkpoint
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -49,24 +47,22 @@ def require(condition, problem: str) -> None:
         raise ValueError(problem)
 
 
-def option(default, help: str, fixed: bool = True):
-    """A field of TrainConfig. fixed: a resumed run must have the same value."""
-    return field(default=default, metadata={"help": help, "fixed": fixed})
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One stage of training. Each field is a flag of the command line: --micro-batch and so on."""
     name: str = option("model", "the checkpoints are OUT/NAME/step-000320 and so on")
-    out: str = option("out", "folder for everything that is written", fixed=False)
-    data: str = option("", "data set folder made by data.py prepare", fixed=False)
+    out: str = option("out", "folder for everything that is written")
+    data: str = option("out/data", "data set folder made by data.py prepare")
     mix: str = option("", "sources to train on (a,b), mixed by their sizes; default: all")
     preset: str = option("", "the model's shape; default: that of --init")
-    init: str = option("", "checkpoint folder whose weights to start from, grown to --preset's "
-                           "depth; default: random weights", fixed=False)
+    init: str = option("", "checkpoint whose weights to start from, grown to --preset's depth")
     block: int = option(2048, "tokens T of a row")
     batch_tokens: int = option(2048 * 1024, "tokens of a step, over all processes")
-    micro_batch: int = option(32, "rows B that a process handles at once", fixed=False)
+    micro_batch: int = option(32, "rows B that a process handles at once")
     steps: int = option(670_000_000_000 // (1024 * 2048), "optimizer steps")
     lr: float = option(6e-4, "highest learning rate")
     min_lr: float = option(6e-5, "learning rate at the end of the cosine")
@@ -77,71 +73,47 @@ class TrainConfig:
     clip: float = option(1.0, "largest norm of the gradient")
     seed: int = option(0, "of the weights and of the order of the data")
     precision: str = option("auto", "bf16 (autocast), fp32, or auto: bf16 where the device has it")
-    compile: bool = option(False, "torch.compile the forward and backward pass", fixed=False)
-    device: str = option("", "cuda or cpu; default: the best there is", fixed=False)
-    log_every: int = option(10, "steps between log lines", fixed=False)
-    val_every: int = option(500, "steps between validations", fixed=False)
-    val_tokens: int = option(2**19, "held-out tokens of a validation", fixed=False)
-    save_every: int = option(500, "steps between checkpoints", fixed=False)
-    sample: str = option("", "prompt to complete at each validation", fixed=False)
+    compile: bool = option(False, "torch.compile the forward and backward pass")
+    device: str = option("", "cuda or cpu; default: the best there is")
+    log_every: int = option(10, "steps between log lines")
+    val_every: int = option(500, "steps between validations")
+    val_tokens: int = option(2**19, "held-out tokens of a validation")
+    save_every: int = option(500, "steps between checkpoints")
+    sample: str = option("", "prompt to complete at each validation")
 
     def __post_init__(self):
         for f in fields(self):
             value, zero = getattr(self, f.name), f.type is float or f.name in ("warmup", "seed")
             require(f.type in (str, bool) or 0 < value < math.inf or zero and value == 0,
-                    f"{flag(f.name)} is {value}: expected {'zero or ' * zero}a positive number")
-        require(self.preset or self.init,
-                "neither --preset nor --init: choose a shape or a checkpoint")
-        require(self.lr >= self.min_lr,
-                f"--lr {self.lr} is below --min-lr {self.min_lr}: lower both")
-        require(self.warmup <= self.steps,
-                f"--warmup {self.warmup} goes beyond --steps {self.steps}: --lr is never reached")
+                    f"--{f.name.replace('_', '-')} is {value}: expected {'>=' if zero else '>'} 0")
+        require(self.lr >= self.min_lr, f"--lr {self.lr} is below --min-lr {self.min_lr}: set both")
+        require(self.warmup <= self.steps, f"--warmup {self.warmup} exceeds --steps {self.steps}")
         require(self.batch_tokens % self.block == 0,
-                f"--batch-tokens {self.batch_tokens} is no multiple of --block {self.block}: a "
-                "step takes whole rows")
+                f"--batch-tokens {self.batch_tokens} is no multiple of --block {self.block}")
 
     @property
     def rows(self) -> int:
         """Rows of a step, over all processes."""
         return self.batch_tokens // self.block
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.out) / self.name
-
-    def due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.steps
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
 
 AMD = TrainConfig(name="amd-135m", preset="amd-135m")       # the defaults are AMD-135M's
-AMD_CODE = TrainConfig(         # 320 rows, as AMD asked for (its own division made them 256)
-    name="amd-135m-code", init="{out}/amd-135m", lr=3e-4, min_lr=3e-5, batch_tokens=320 * 2048,
-    micro_batch=20, steps=21_000_000_000 // (320 * 2048))
+# 320 rows, as AMD asked for (its own division made them 256).
+AMD_CODE = TrainConfig(name="amd-135m-code", init="{out}/amd-135m", batch_tokens=320 * 2048,
+                       micro_batch=20, steps=21_000_000_000 // (320 * 2048), lr=3e-4, min_lr=3e-5)
 # The demo's numbers were found by sweeps. What mattered: rows of 128 tokens rather than 256 (more
 # different text in a batch; the longer context still works); a target grown from the draft that
-# already knows code, not from the general one (better, and agreeing more); and the target's
-# learning rate, which trades what it gains over the draft against how often the two agree.
-DEMO = TrainConfig(
-    data="{out}/data-demo", preset="demo-draft", block=128, batch_tokens=2048, micro_batch=16,
-    warmup=20, lr=3e-3, min_lr=3e-4, log_every=25, val_every=100, val_tokens=2**14, save_every=100)
-GROWN = replace(DEMO, preset="demo-target", lr=4e-4, min_lr=4e-5)
-
-RECIPES = {
-    "demo": (
-        replace(DEMO, name="demo-draft-base", mix="general", steps=200),
-        replace(DEMO, name="demo-draft", mix="code", steps=800, sample="def ",
-                init="{out}/demo-draft-base"),
-        replace(GROWN, name="demo-target-base", mix="general", steps=40, lr=3e-4,
-                init="{out}/demo-draft"),
-        replace(GROWN, name="demo-target", mix="code", steps=320, sample="def ",
-                init="{out}/demo-target-base")),
-    "amd-135m": (AMD,),
-    "amd-135m-code": (AMD_CODE,),
-}
+# already knows code (better, and agreeing more); and the target's learning rate, which trades what
+# it gains over the draft against how often the two agree.
+DEMO = TrainConfig(name="demo-draft", init="{out}/demo-draft-base", data="{out}/data-demo",
+                   mix="code", preset="demo-draft", block=128, batch_tokens=2048, micro_batch=16,
+                   steps=900, warmup=20, lr=3e-3, min_lr=3e-4, log_every=25, val_every=100,
+                   val_tokens=2**14, save_every=100, sample="def ")
+RECIPES = {"demo": (
+    replace(DEMO, name="demo-draft-base", init="", mix="general", steps=100), DEMO,
+    replace(DEMO, name="demo-target", init="{out}/demo-draft", preset="demo-target", steps=120,
+            lr=5e-4, min_lr=5e-5)),
+    "amd-135m": (AMD,), "amd-135m-code": (AMD_CODE,)}
 
 
 # --------------------------------------------------------------------------- the parts of a step
@@ -155,7 +127,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """
     if step < config.warmup:
         return config.lr * step / config.warmup
-    t = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1)
+    t = (step - config.warmup) / (config.steps - config.warmup)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * t)) / 2
 
 
@@ -171,16 +143,15 @@ def loss_of(model: Transformer, rows: Tensor, head_loss=head_loss) -> Tensor:
     return head_loss(model.lm_head, hidden, targets) / len(targets)
 
 
-def flat_gradient(model: nn.Module) -> Tensor:
+def flat_gradient(model: Transformer) -> Tensor:
     """One vector for the gradients of all parameters, and a last element for the loss.
 
     Each parameter's .grad is a view of its part, so that backward() adds to the vector. One
     all-reduce carries it, one norm measures it, and one product clips it.
     """
-    parameters = list(model.parameters())
-    sizes = [p.numel() for p in parameters]
-    gradient = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
-    for p, view in zip(parameters, gradient[:-1].split(sizes)):
+    sizes = [p.numel() for p in model.parameters()]
+    gradient = torch.zeros(sum(sizes) + 1, device=model.device)
+    for p, view in zip(model.parameters(), gradient[:-1].split(sizes)):
         p.grad = view.view_as(p)
     return gradient
 
@@ -215,7 +186,7 @@ def train(run: "Run") -> int:
     config, model, optimizer = run.config, run.model, run.optimizer
     gradient = flat_gradient(model)
     with interruptions() as received:
-        for step in range(run.first, config.steps):
+        for step in range(run.first + 1, config.steps + 1):
             batch = run.batch(step)                     # this process's rows (B M, T + 1)
             gradient.zero_()
             for rows in batch.split(config.micro_batch):
@@ -226,20 +197,22 @@ def train(run: "Run") -> int:
                 gradient[-1] += loss.detach()
             all_reduce(gradient)                        # once, after the last micro-batch
             norm = clip(gradient[:-1], config.clip)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+            optimizer.param_groups[0]["lr"] = learning_rate(step - 1, config)
             optimizer.step()
             run.losses += gradient[-1]                  # read at the next log: no step waits
 
-            done = step + 1
-            stop = from_any(received)                   # all processes stop after the same step
-            validating = config.due(done, config.val_every)
-            saving = stop or config.due(done, config.save_every)
-            if validating or saving or step == run.first or config.due(done, config.log_every):
-                run.log(done, norm, validating)         # ValueError if the norm is not finite
+            # A signal that any process has received stops all of them, after the same step.
+            stop = int(all_reduce(torch.tensor(max(received, default=0)), dist.ReduceOp.MAX))
+            last = step == config.steps
+            validating = last or step % config.val_every == 0
+            saving = last or stop or step % config.save_every == 0
+            if validating or saving or step == run.first + 1 or step % config.log_every == 0:
+                run.log(step, norm, validating)         # ValueError if the norm is not finite
                 if saving:
-                    run.save(done)
+                    run.save(step)
                 if validating and config.sample:
                     run.show_sample()
+                run.since = time.perf_counter()         # the rate is that of training alone
             if stop:
                 return stop
     return 0
@@ -256,14 +229,13 @@ def bits_per_byte(run: "Run") -> float | None:
                       for source in corpus.sources])                            # (N, T + 1)
     nats = torch.zeros((), dtype=torch.float64)
     with arithmetic(config, run.device), eager(config):
-        for part in rows[rank()::world()].split(32):
+        for part in rows[RANK::WORLD].split(4096 // config.block or 1):     # small: it is eager
             if len(part):                       # there may be more processes than rows
                 nats += loss_of(run.model, part.to(run.device)).item() * part[:, 1:].numel()
     size = int(corpus.tokenizer.byte_lengths[rows[:, 1:]].sum())
     return all_reduce(nats).item() / math.log(2) / size if size else None
 
 
-@torch.no_grad()
 def grow(small: Transformer, large: Transformer) -> None:
     """Start `large` as the same function as `small`, in more layers (progressive stacking).
 
@@ -271,16 +243,15 @@ def grow(small: Transformer, large: Transformer) -> None:
     from there, much faster than a deep model does from scratch, and what it learns is a
     correction: the two models go on agreeing about most tokens, which makes `small` a good draft.
     """
-    layers, shape = small.config.num_hidden_layers, large.config
-    same = replace(small.config, num_hidden_layers=shape.num_hidden_layers,
-                   bos_token_id=shape.bos_token_id, eos_token_id=shape.eos_token_id)
-    require(layers <= shape.num_hidden_layers and same == shape,
-            f"--init is a {small.config} and cannot grow to a {shape}: they may differ only in the "
-            "number of layers, which cannot shrink")
+    same, layers = vars(small.config), small.config.num_hidden_layers
+    different = {name for name, value in vars(large.config).items() if same[name] != value}
+    require(different <= {"num_hidden_layers", "bos_token_id", "eos_token_id"}
+            and layers <= large.config.num_hidden_layers,
+            f"--init cannot grow to --preset: they differ in {', '.join(sorted(different))}")
     large.load_state_dict(small.state_dict(), strict=False)
     for layer in large.model["layers"][layers:]:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
 
 
 # ======================= From here on: what makes it practical. You can stop reading. =============
@@ -290,16 +261,13 @@ def build(config: TrainConfig, tokenizer: data.Tokenizer) -> Transformer:
     small = config.init and load_checkpoint(config.init, dtype=torch.float32)
     shape = PRESETS[config.preset] if config.preset else small.config
     require(not small or data.load_tokenizer(config.init).sha256 == tokenizer.sha256,
-            f"{config.data} was made with another tokenizer than {config.init}: prepare the data "
-            "with the checkpoint's")
+            f"{config.data} was not made with the tokenizer of {config.init}: make it with that")
     require(tokenizer.n_vocab <= shape.vocab_size,
-            f"the tokenizer of {config.data} has {tokenizer.n_vocab} entries, the model "
-            f"{shape.vocab_size}: choose a tokenizer or a preset that fits")
+            f"{config.data} has {tokenizer.n_vocab} different tokens, the model {shape.vocab_size}")
     require(config.block <= shape.max_position_embeddings,
-            f"--block {config.block} is longer than the model's context of "
-            f"{shape.max_position_embeddings}: shorten it")
-    model = Transformer(replace(shape, bos_token_id=tokenizer.bos_id,
-                                eos_token_id=tokenizer.eos_id), config.seed)
+            f"--block {config.block} exceeds the model's context, {shape.max_position_embeddings}")
+    shape = replace(shape, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    model = Transformer(shape, config.seed)
     if small:
         grow(small, model)
     return model
@@ -311,18 +279,14 @@ class Run:
     def __init__(self, config: TrainConfig, device: torch.device, resume: bool):
         """What can be refused is refused here, before anything is written."""
         self.config, self.device, self.head_loss = config, device, head_loss
-        require(config.rows % (config.micro_batch * world()) == 0,
-                f"{config.rows} rows a step (--batch-tokens {config.batch_tokens} / --block "
-                f"{config.block}) do not divide into {world()} process(es) x --micro-batch "
-                f"{config.micro_batch}: choose numbers that do; nothing is rounded")
+        require(config.rows % (config.micro_batch * WORLD) == 0,
+                f"{WORLD} x --micro-batch {config.micro_batch} does not divide {config.rows} rows")
         self.corpus = data.Corpus(config.data, "train", config.mix and config.mix.split(","))
         self.loader = data.Loader(self.corpus, config.block, config.rows, config.seed)
-        self.metrics = config.folder / "metrics.jsonl"
-        if resume:
-            state, model = self.read_state(), load_checkpoint(config.folder)
-        else:
-            state, model = {"step": 0, "metrics": 0}, build(config, self.corpus.tokenizer)
-        self.model = model.to(device)
+        self.folder = Path(config.out, config.name)
+        state = self.read_state() if resume else {"step": 0, "metrics": 0}
+        self.model = model = (load_checkpoint(self.folder) if resume else
+                              build(config, self.corpus.tokenizer)).to(device)
         self.optimizer = adamw(model, config)
         if resume:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -330,73 +294,65 @@ class Run:
             # RoPE's angles stay outside: in one graph with them, each kernel computes them again.
             model.run_layers, self.head_loss = map(torch.compile, (model.run_layers, head_loss))
         self.first = self.logged = state["step"]            # steps that were made, and logged
-        self.metrics_size = state["metrics"]
-        self.since, self.losses = None, torch.zeros((), device=device)
+        self.metrics_size, self.losses = state["metrics"], torch.zeros((), device=device)
 
     def batch(self, step: int) -> Tensor:
-        """This process's rows of a step, (B M, T + 1), on its device."""
-        self.since = self.since or time.perf_counter()      # validating and saving do not count
-        rows = torch.from_numpy(self.loader.batch(step, rank(), world()))
-        if self.device.type == "cuda":
-            rows = rows.pin_memory().to(self.device, non_blocking=True)
-        return rows
+        """This process's rows of a step (the first is 1), (B M, T + 1), on its device."""
+        rows = torch.from_numpy(self.loader.batch(step - 1, RANK, WORLD))
+        # From pinned memory the copy does not wait for the steps before.
+        rows = rows.pin_memory() if self.device.type == "cuda" else rows
+        return rows.to(self.device, non_blocking=True)
 
     def log(self, step: int, norm: Tensor, validating: bool) -> None:
         """A line for the reader and one in metrics.jsonl: means of the steps since the last one."""
         config, steps = self.config, step - self.logged
         loss, norm = torch.stack((self.losses, norm)).tolist()      # here the host waits
         require(math.isfinite(loss + norm),
-                f"the loss or the gradient is not finite, since a step from {self.logged + 1} to "
-                f"{step}: {data.checkpoint_folder(config.folder)} holds what was good; look at the "
-                "data, or start again with a lower --lr")
+                f"the loss or the gradient of a step from {self.logged + 1} to {step} is not finite"
+                f": {data.checkpoint_folder(self.folder)} is good; look at the data, or lower --lr")
         entry = {"step": step, "loss": loss / steps, "grad_norm": norm,
                  "lr": learning_rate(step - 1, config)}
         if step > self.first + 1:                           # the first step of a run compiles
-            rate = steps * config.batch_tokens / (time.perf_counter() - self.since)
-            entry["tokens_per_s"] = round(rate)
-            entry["minutes_left"] = round((config.steps - step) * config.batch_tokens / rate / 60, 1)
-            if peak := peak_flops(self.device):
-                flops = flops_per_token(self.model, config.block)
-                entry["mfu"] = rate * flops / world() / peak
+            seconds = (time.perf_counter() - self.since) / steps
+            entry["tokens_per_s"] = round(config.batch_tokens / seconds)
+            entry["minutes_left"] = round((config.steps - step) * seconds / 60, 1)
         if validating and (bits := bits_per_byte(self)):
             entry["val_bits_per_byte"] = bits
         say("  ".join(f"{name} {value:.6g}" for name, value in entry.items()))
-        if rank() == 0:
-            with open(self.metrics, "a") as file:
+        if RANK == 0:
+            with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-        self.losses.zero_()
-        self.logged, self.since = step, None
+        self.losses, self.logged = torch.zeros_like(self.losses), step
 
     def show_sample(self) -> None:
         tokenizer, config = self.corpus.tokenizer, self.config
-        if rank() == 0:
-            prompt = tokenizer.prompt(config.sample)[-(config.block // 2):]     # leaves room
-            with eager(config):
-                new = speculative.complete(self.model, [prompt], min(48, config.block // 2),
-                                           temperature=0.8, seed=config.seed)[0]
-            say("  | " + tokenizer.decode(prompt + new).replace("\n", "\n  | "))
+        prompt = tokenizer.prompt(config.sample)[-(config.block // 2):]         # leaves room
+        with eager(config):
+            new = speculative.complete(self.model, [prompt], min(48, config.block // 2),
+                                       temperature=0.8, seed=config.seed)[0]
+        say("  | " + tokenizer.decode(prompt + new).replace("\n", "\n  | "))
 
     def identity(self) -> dict:
-        """What a resumed run must find as it was: the tokenizer, the fixed flags, the amount of
-        data, and of each source a hash of its first million tokens."""
+        """What a resumed run must find as it was: the tokenizer, flags, the amount of data, and of
+        each source a hash of its first million tokens."""
+        may_change = ("out data init micro_batch compile device log_every val_every val_tokens "
+                      "save_every sample").split()
+        text = b"".join(self.corpus.tokens(name)[:2**20] for name in self.corpus.sources)
         return {"the tokenizer": self.corpus.tokenizer.sha256[:12]} | {
-            flag(f.name): getattr(self.config, f.name)
-            for f in fields(self.config) if f.metadata["fixed"]} | {
-            f"the text of {name}": sha256(self.corpus.tokens(name)[:2**20]).hexdigest()[:12]
-            for name in self.corpus.sources} | {
-            "the number of blocks": self.loader.blocks_per_epoch}
+            name: value for name, value in vars(self.config).items()
+            if name not in may_change} | {
+            "the text": sha256(text).hexdigest()[:12], "the blocks": self.loader.blocks_per_epoch}
 
     def read_state(self) -> dict:
         """training_state.pt of the newest checkpoint, of a run with the same identity."""
-        path = data.checkpoint_folder(self.config.folder) / "training_state.pt"
+        path = data.checkpoint_folder(self.folder) / "training_state.pt"
         require(path.exists(), f"{path} is missing: there is no run to resume; leave --resume out")
         with reading(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         old, new = state["identity"], self.identity()
         for name in old | new:
             require(old.get(name) == new.get(name),
-                    f"{name} is {new.get(name)} now, and was {old.get(name)} when {path.parent} "
-                    "was trained: resume it with what it was started with, or start a new run")
+                    f"{name} is {new.get(name)}, not {old.get(name)} as in {path.parent}: use that")
         return state
 
     def save(self, step: int) -> None:
@@ -405,25 +361,25 @@ class Run:
         The folder is filled and synced to the disk as step-000320.partial and then renamed, which
         is one operation: a folder with a whole name is always complete. The newest two are kept.
         """
-        if rank() == 0:
-            folder = self.config.folder / f"step-{step:06}"
-            partial, state = folder.with_name(folder.name + ".partial"), io.BytesIO()
+        if RANK == 0:
+            folder = self.folder / f"step-{step:06}"
+            partial, file = Path(f"{folder}.partial"), io.BytesIO()
             for leftover in folder.parent.glob("*.partial"):
                 shutil.rmtree(leftover)
             save_checkpoint(self.model, partial)
             self.corpus.tokenizer.save(partial)
             # No random state: nothing draws random numbers after the start.
-            torch.save({"step": step, "metrics": self.metrics.stat().st_size,
-                        "identity": self.identity(), "optimizer": self.optimizer.state_dict()},
-                       state)
-            data.write_whole(partial / "training_state.pt", [state.getbuffer()])
+            torch.save({
+                "step": step, "metrics": (folder.parent / "metrics.jsonl").stat().st_size,
+                "identity": self.identity(), "optimizer": self.optimizer.state_dict()}, file)
+            data.write_whole(partial / "training_state.pt", [file.getbuffer()])
             partial.rename(folder)
             with suppress(OSError):         # some file systems cannot sync a folder
                 handle = os.open(folder.parent, os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
-            complete = [path for path in folder.parent.glob("step-*") if path.name[5:].isdecimal()]
-            for path in sorted(complete, key=lambda path: int(path.name[5:]))[:-2]:
+            complete = folder.parent.glob("step-*[0-9]")
+            for path in sorted(complete, key=lambda path: (len(path.name), path.name))[:-2]:
                 shutil.rmtree(path, ignore_errors=True)
             say(f"saved step {step} in {folder}")
         barrier()                           # none goes on, or leaves, before it is there
@@ -431,39 +387,13 @@ class Run:
 
 # ---------------------------------------------------------------------- devices and processes
 
-# Dense bf16 peaks in TFLOP/s, by a part of the device's name; the first that fits counts. MI250:
-# of one device, which is half a package. A device that is not here gets no MFU rather than a wrong
-# one.
-PEAKS = {"MI250": 181, "MI300X": 1307, "MI325X": 1307, "A100": 312, "H100 PCIe": 756,
-         "H100 NVL": 835, "H100": 989, "H200": 989, "L40S": 362, "L4": 121}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
-
-
-def flops_per_token(model: Transformer, block: int) -> int:
-    """PaLM's count: 6 for each parameter in a matrix product, 12 L C T for attention."""
-    size = sum(p.numel() for part in (model.model.layers, model.lm_head)
-               for p in part.parameters() if p.ndim == 2)
-    return 6 * size + 12 * model.config.num_hidden_layers * model.config.hidden_size * block
-
-
-@contextmanager
-def arithmetic(config: TrainConfig, device: torch.device):
+def arithmetic(config: TrainConfig, device: torch.device) -> torch.autocast:
     """bf16 matrix products over float32 weights. On a CPU they are up to four times faster where
-    there are instructions for it, and slower without."""
-    cuda = device.type == "cuda"
-    has_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
-                else torch.cpu._is_avx512_bf16_supported())
+    there are instructions for it (AVX-512), and slower without."""
+    has_bf16 = (torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else
+                torch.cuda.is_bf16_supported(including_emulation=False))
     bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16
-    # On a CPU the backward pass of PyTorch's own bf16 attention takes two to six times as long as
-    # that of the formula, which stores the (T, T) scores: it pays for short rows.
-    formula = bf16 and not cuda and config.block <= 512
-    with (torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-          sdpa_kernel(SDPBackend.MATH) if formula else nullcontext()):
-        yield
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def eager(config: TrainConfig):
@@ -471,23 +401,16 @@ def eager(config: TrainConfig):
     return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 
-def rank() -> int:
-    """Which of the processes that torchrun started this is; 0 if it is alone."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+# This process among those that torchrun started; without it, it is alone.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def open_device(name: str) -> torch.device:
     """This process's device, connected with those of the others."""
+    if torch.cuda.is_available():       # before anything lies on the first GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     device = resolve_device(name or None)
-    if device.type == "cuda":
-        if device.index is None:
-            device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        torch.cuda.set_device(device)
-    if world() > 1 and not dist.is_initialized():
+    if WORLD > 1:
         # gloo carries what lies on the host, even between GPUs.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
@@ -497,7 +420,7 @@ def all_reduce(tensor: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
     """The sum (or another operation) over all processes, in place. There is no
     DistributedDataParallel: it would hide this one line, and it has a flag to clear before each
     micro-batch but the last, which is easily set too late."""
-    if world() > 1:
+    if WORLD > 1:
         dist.all_reduce(tensor, operation)
     return tensor
 
@@ -505,11 +428,6 @@ def all_reduce(tensor: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
 def barrier() -> None:
     """No process goes on before all have come here."""
     all_reduce(torch.zeros(1))
-
-
-def from_any(received: list[int]) -> int:
-    """The number of the first signal that a process received, 0 if none did."""
-    return int(all_reduce(torch.tensor((received or [0])[0]), dist.ReduceOp.MAX))
 
 
 @contextmanager
@@ -522,8 +440,9 @@ def interruptions():
         received.append(number)
         if "LOCAL_WORLD_SIZE" not in os.environ:    # torchrun repeats what the terminal has sent
             signal.signal(number, signal.SIG_DFL)
-    old = {number: signal.signal(number, note)
-           for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # SIGHUP, SIGINT (Ctrl-C) and SIGTERM; nohup has the first ignored, and so it stays.
+    old = {number: signal.signal(number, note) for number in (1, 2, 15)
+           if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield received
     finally:
@@ -537,7 +456,7 @@ def say(text: str) -> None:
     """Print on the first process. When nobody reads any more (a closed pipe, a terminal that is
     gone), training goes on."""
     try:
-        if rank() == 0:
+        if RANK == 0:
             print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -546,28 +465,26 @@ def say(text: str) -> None:
 def prepare_demo(folder: Path) -> None:
     """The Python that runs this script, as general text and code, by a tokenizer of its own."""
     if not (folder / "manifest.json").exists():
-        sources = ["general", "code"]
-        if not (folder / "tokenizer.json").exists():
-            say(f"{folder}: learning a tokenizer from this Python's library")
-            data.train_bpe(data.texts(sources), PRESETS["demo-draft"].vocab_size).save(folder)
+        say(f"{folder}: learning a tokenizer from this Python's library")
+        sources, size = ["general", "code"], PRESETS["demo-draft"].vocab_size
+        data.train_bpe(data.texts(sources), size).save(folder)
         data.prepare(sources, data.load_tokenizer(folder), folder)
 
 
 def run_stage(config: TrainConfig, device: torch.device, resume: bool) -> int:
-    run, folder = Run(config, device, resume), config.folder
+    run = Run(config, device, resume)
     barrier()                               # --init may be this folder: by now all have read it
-    with data.claim(folder) if rank() == 0 else nullcontext():
-        if rank() == 0:
-            if folder.exists() and not resume:      # a new run overwrites nothing
-                free = next(i for i in range(1, 10**6) if not Path(f"{folder}.{i}").exists())
-                say(f"{folder} is {folder}.{free} now (--resume would have gone on with it)")
-                folder.rename(f"{folder}.{free}")
-            folder.mkdir(exist_ok=True)
-            with open(run.metrics, "a") as file:    # steps after the checkpoint are made again
+    with data.claim(run.folder) if RANK == 0 else nullcontext():
+        if RANK == 0:
+            if data.checkpoint_folder(run.folder) != run.folder and not resume:
+                aside = run.folder.rename(f"{run.folder}.{time.strftime('%Y-%m-%d-%H-%M-%S')}")
+                say(f"the run in {run.folder} is in {aside} now (--resume would have gone on)")
+            run.folder.mkdir(exist_ok=True)
+            # The steps after the checkpoint will be made, and logged, again.
+            with open(run.folder / "metrics.jsonl", "a") as file:
                 file.truncate(min(file.tell(), run.metrics_size))
         size = sum(p.numel() for p in run.model.parameters()) / 1e6
-        say(f"{folder}: {size:.1f} M parameters, step {run.first} to {config.steps} of "
-            f"{config.batch_tokens} tokens, on {world()} x {device}")
+        say(f"{run.folder}: {size:.1f} M parameters, step {run.first} on {WORLD} x {device.type}")
         return train(run)
 
 
@@ -576,27 +493,22 @@ def run_recipe(recipe: str, resume: bool, flags: dict) -> int:
     stages = [replace(stage, **flags) for stage in RECIPES[recipe]]
     stages = [replace(s, data=s.data.replace("{out}", s.out),
                       init=s.init.replace("{out}", s.out)) for s in stages]
-    require(len({stage.name for stage in stages}) == len(stages),
-            f"--name would put the stages of {recipe} into one folder: choose another --out")
-    require(stages[0].data, "--data is missing: name a folder made by python data.py prepare")
     device = open_device(stages[0].device)
-    if recipe == "demo" and "data" not in flags:
-        if rank() == 0:
-            prepare_demo(Path(stages[0].data))
-        barrier()
+    if recipe == "demo" and "data" not in flags and RANK == 0:
+        prepare_demo(Path(stages[0].data))
+    barrier()
     for stage in stages:
-        begun = len(stages) == 1 or data.checkpoint_folder(stage.folder) != stage.folder
+        folder = Path(stage.out, stage.name)
+        begun = len(stages) == 1 or data.checkpoint_folder(folder) != folder
         if stop := run_stage(stage, device, resume and begun):
             return stop
     return 0
 
 
-# Reasons of PyTorch's errors that a user can change.
-ADVICE = {
-    "memory": "the device is out of memory: lower --micro-batch (the batch stays the same)",
-    "compiler": "--compile needs a C++ compiler, and there is none: install g++, or leave it out",
-    "onnection": "another process has ended: it has printed why",
-}
+ADVICE = {      # for errors of PyTorch whose cause a user can change, by a part of their text
+    "ried to allocate": "out of memory: lower --micro-batch (the batch stays the same)",
+    " compiler": "--compile needs a C++ compiler, and there is none: install g++, or leave it out",
+    "onnection": "another process has ended: it has printed why"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -607,29 +519,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     choices = {"preset": PRESETS, "precision": ("auto", "bf16", "fp32")}
     for f in fields(TrainConfig):
-        how = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
-               {"type": f.type, "choices": choices.get(f.name)})
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS,
+        how = {"type": f.type, "choices": choices.get(f.name)}
+        how = {"action": "store_true"} if f.type is bool else how
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} ({f.default})", **how)
     flags = vars(parser.parse_args(argv))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")    # what a terminal cannot print becomes "?"
+    sys.stdout.reconfigure(errors="replace")        # what a terminal cannot print becomes "?"
     try:
         if stop := run_recipe(flags.pop("recipe"), flags.pop("resume"), flags):
-            processes = os.environ.get("LOCAL_WORLD_SIZE")
-            launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-            command = shlex.join([sys.argv[0], *(a for a in argv if a != "--resume"), "--resume"])
-            say(f"interrupted; to go on: {launcher} {command}")
+            launcher = f"torchrun --nproc-per-node {WORLD}" if WORLD > 1 else "python"
+            say(f"interrupted; to go on: {launcher} {shlex.join([*sys.argv[:1], *argv])} --resume")
             sys.exit(128 + stop)                # as a shell reports a process that a signal ended
     except KeyboardInterrupt:
         parser.exit(130, "train.py: interrupted before the first step\n")
     except (ValueError, OSError) as error:
-        parser.exit(2, f"train.py: error: {error}\n")
+        parser.error(error)
     except RuntimeError as error:
-        advice = [text for part, text in ADVICE.items() if part in str(error)]
-        if not advice:
-            raise
-        parser.exit(2, f"train.py: error: {advice[0]}\n")
+        for part, advice in ADVICE.items():
+            if part in str(error):
+                parser.error(advice)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from model import PRESETS, ModelConfig
-from train import AMD, TrainConfig, arithmetic, peak_flops, say, world
+from model import PRESETS, ModelConfig, Transformer
+from train import AMD, WORLD, TrainConfig, arithmetic, say
 
 
 # ------------------------------------------------------------- llama2.c's shape, written plainly
@@ -95,10 +95,10 @@ class RandomTokens:
     sources, blocks_per_epoch = [], 1
 
     def __init__(self, config: TrainConfig):
-        shape, generator = PRESETS[config.preset], torch.Generator().manual_seed(train.rank())
+        shape, generator = PRESETS[config.preset], torch.Generator().manual_seed(train.RANK)
         self.tokenizer = SimpleNamespace(n_vocab=shape.vocab_size, bos_id=shape.bos_token_id,
                                          eos_id=shape.eos_token_id)
-        self.rows = torch.randint(shape.vocab_size, (config.rows // world(), config.block + 1),
+        self.rows = torch.randint(shape.vocab_size, (config.rows // WORLD, config.block + 1),
                                   generator=generator)
 
     def batch(self, *_):
@@ -115,10 +115,10 @@ def ours(config: TrainConfig, device: torch.device, tokens: RandomTokens, whole:
         if whole and config.compile:            # RoPE's angles in the same graph as the layers
             run.model.hidden = torch.compile(run.model.hidden)
             run.head_loss = torch.compile(train.head_loss)
-        run.save, run.metrics = lambda step: None, Path(folder) / "metrics.jsonl"
+        run.save, metrics = lambda step: None, run.folder / "metrics.jsonl"
+        run.folder.mkdir()
         train.train(run)
-        train.barrier()
-        lines = [json.loads(line) for line in run.metrics.open()] if train.rank() == 0 else []
+        lines = [json.loads(line) for line in metrics.open()] if train.RANK == 0 else []
     return [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
 
 
@@ -182,6 +182,28 @@ STANDARD = "ours,transformers,plain"
 
 # ----------------------------------------------------------------------------------- measuring
 
+# Dense bf16 peaks in TFLOP/s, by a part of the device's name; the first that fits counts. MI250:
+# of one device, which is half a package. A device that is not here gets no MFU rather than a wrong
+# one.
+PEAKS = {"MI250": 181, "MI300X": 1307, "MI325X": 1307, "A100": 312, "H100 PCIe": 756,
+         "H100 NVL": 835, "H100": 989, "H200": 989, "L40S": 362, "L4": 121}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def flops_per_token(shape: ModelConfig, block: int) -> int:
+    """PaLM's count (Chowdhery et al. 2022, appendix B): 6 for each parameter in a matrix product,
+    12 L C T for attention."""
+    with torch.device("meta"):
+        model = Transformer(shape)
+    size = sum(p.numel() for part in (model.model.layers, model.lm_head)
+               for p in part.parameters() if p.ndim == 2)
+    return 6 * size + 12 * shape.num_hidden_layers * shape.hidden_size * block
+
+
 def measure(name: str, config: TrainConfig, device: torch.device) -> dict:
     """Tokens/s over all processes and peak memory of one variant, or why there is none."""
     cuda = device.type == "cuda"
@@ -202,11 +224,10 @@ def measure(name: str, config: TrainConfig, device: torch.device) -> dict:
 
 def table(config: TrainConfig, device: torch.device, names: list[str]) -> None:
     peak, cuda = peak_flops(device), device.type == "cuda"
-    with torch.device("meta"):
-        per_token = train.flops_per_token(train.Transformer(PRESETS[config.preset]), config.block)
+    per_token = flops_per_token(PRESETS[config.preset], config.block)
     name = (torch.cuda.get_device_name(device) if cuda else
             f"CPU, {torch.get_num_threads()} threads")
-    say(f"{config.preset}, {config.micro_batch} x {config.block} tokens on each of {world()} x "
+    say(f"{config.preset}, {config.micro_batch} x {config.block} tokens on each of {WORLD} x "
         f"{name}, torch {torch.__version__}, {'compiled' if config.compile else 'eager'}\n"
         f"| step | tokens/s | beside {names[0]} | {'MFU' if peak else 'TFLOP/s'} | peak GiB | "
         "seconds in all |\n|---|---:|---:|---:|---:|---:|")
@@ -216,7 +237,7 @@ def table(config: TrainConfig, device: torch.device, names: list[str]) -> None:
         if "error" in row:
             say(f"| {name} | failed: {row['error']} | | | | |")
             continue
-        base, flops = base or row["rate"], row["rate"] / world() * per_token
+        base, flops = base or row["rate"], row["rate"] / WORLD * per_token
         say(f"| {name} | {row['rate']:,.0f} | {row['rate'] / base:.3f} | "
             + (f"{flops / peak:.1%}" if peak else f"{flops / 1e12:.3f}")
             + f" | {row['memory']:.1f} | {row['seconds']:.0f} |")
@@ -243,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         quarter = args.steps // 4
         table(replace(AMD, preset=args.preset, block=args.block, micro_batch=args.micro_batch,
                       compile=not args.eager, steps=4 * quarter, log_every=quarter, warmup=0,
-                      val_every=10**9, batch_tokens=args.micro_batch * args.block * world()),
+                      val_every=10**9, batch_tokens=args.micro_batch * args.block * WORLD),
               train.open_device(args.device), names)
     except (ValueError, OSError) as error:
         parser.exit(2, f"training.py: error: {error}\n")

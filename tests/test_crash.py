@@ -106,6 +106,14 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(place, tmp_pa
     assert json.loads(lines[-1])["step"] == step, "the last logged step is not the saved one"
 
 
+def test_nohup_keeps_a_run_alive(place, tmp_path):
+    process = launch(flags(place, tmp_path, steps=300),
+                     preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    interrupt(process, signal.SIGHUP)
+    finish(process)
+    assert checkpoint_step(tmp_path) == 300
+
+
 def test_a_second_ctrl_c_ends_at_once(place, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text("""if True:
@@ -220,7 +228,7 @@ def test_two_processes_start_from_the_folder_that_they_set_aside(place, tmp_path
         train.main(sys.argv[1:])""")
     finish(launch(flags(place, tmp_path, steps=2, warmup=0, micro_batch=2, init=tmp_path / "m"), 2,
                   script=str(script)))
-    assert (tmp_path / "m.1").exists() and checkpoint_step(tmp_path) == 2
+    assert list(tmp_path.glob("m.*")) and checkpoint_step(tmp_path) == 2
 
 
 def test_two_processes_resume_bitwise(place, tmp_path):

@@ -2,6 +2,7 @@
 
     pytest tests/test_train.py        (tests/test_crash.py kills real processes)
 """
+import importlib.util
 import json
 import math
 import os
@@ -48,8 +49,8 @@ def flags(place: Path, out: Path, **changes) -> list[str]:
     """The command line of a small run; `amd-135m-code` is the recipe that starts from --init."""
     values = {"out": out, "name": "m", "data": place / "data", "init": place / "init",
               "block": BLOCK, "batch_tokens": ROWS * BLOCK, "micro_batch": ROWS, "steps": 20,
-              "lr": 1e-2, "min_lr": 1e-3, "warmup": 5, "precision": "fp32", "device": "cpu", "log_every": 1,
-              "val_every": 10, "val_tokens": 320, "save_every": 100} | changes
+              "lr": 1e-2, "min_lr": 1e-3, "warmup": 5, "precision": "fp32", "device": "cpu",
+              "log_every": 1, "val_every": 10, "val_tokens": 320, "save_every": 100} | changes
     return ["amd-135m-code", *(f"--{name.replace('_', '-')}={value}"
                                for name, value in values.items())]
 
@@ -104,7 +105,7 @@ def straight(place, tmp_path_factory) -> Path:
 
 def test_learning_rate_is_the_oracles():
     config = replace(train.AMD, steps=5000)
-    for step in (0, 1, 1999, 2000, 2001, 3500, 4999, 5000, 6000):
+    for step in (0, 1, 1999, 2000, 2001, 3500, 4999, 5000):
         ours, theirs = train.learning_rate(step, config), oracle.lr_at(step, 6e-4, 6e-5, 2000, 5000)
         assert math.isclose(ours, theirs, rel_tol=1e-12), f"step {step}: {ours}, oracle {theirs}"
 
@@ -121,7 +122,7 @@ def test_clipping_is_the_oracles(limit):
 
 @pytest.mark.parametrize("limit", (0.05, 50.0))
 def test_steps_are_the_oracles_clipping_and_adamw(place, tmp_path, limit):
-    """The whole loop, in micro-batches of 2, against NumPy in float64 that shares only gradients."""
+    """The whole loop, in micro-batches of 2, beside NumPy in float64 that shares only gradients."""
     train.main(flags(place, tmp_path, steps=3, lr=1e-3, min_lr=1e-3, warmup=0, micro_batch=2,
                      clip=limit))
     twin = load_checkpoint(place / "init").double()
@@ -132,7 +133,8 @@ def test_steps_are_the_oracles_clipping_and_adamw(place, tmp_path, limit):
         twin.zero_grad()
         logits = twin(batch[:, :-1]).flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten()).backward()
-        slopes, norm = oracle.clip_by_global_norm([p.grad.numpy() for p in twin.parameters()], limit)
+        slopes = [p.grad.numpy() for p in twin.parameters()]
+        slopes, norm = oracle.clip_by_global_norm(slopes, limit)
         assert 0.05 < norm < 50, f"norm {norm}: one limit must be below it, the other above"
         assert math.isclose(line["grad_norm"], norm, rel_tol=1e-4), \
             f"step {step}: norm {line['grad_norm']}, oracle {norm}"
@@ -157,7 +159,7 @@ def test_compiled_steps_give_the_losses_of_eager_ones(place, tmp_path):
     """Through validations and samples too, whose shapes are others and stay uncompiled."""
     for name in ("eager", "compiled"):
         train.main([*flags(place, tmp_path / name, sample="the", steps=12),
-                    "--compile" if name == "compiled" else "--no-compile"])
+                    *(["--compile"] if name == "compiled" else [])])
     for a, b in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
         assert math.isclose(a, b, rel_tol=1e-5), f"compiled {b}, eager {a}"
 
@@ -175,10 +177,13 @@ def test_a_grown_model_is_the_same_function_and_every_layer_learns(place):
 
 
 def test_flops_are_palms_count_and_an_unknown_device_has_no_peak():
-    with torch.device("meta"):
-        count = train.flops_per_token(Transformer(model.PRESETS["amd-135m"]), 2048)
+    path = Path(train.__file__).parent / "benchmarks" / "training.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    count = benchmark.flops_per_token(model.PRESETS["amd-135m"], 2048)
     assert round(count / 1e6, 1) == 883.6, f"{count} FLOPs a token"
-    assert train.peak_flops(torch.device("cpu")) is None, "a CPU has no peak in the table"
+    assert benchmark.peak_flops(torch.device("cpu")) is None, "a CPU has no peak in the table"
 
 
 def test_amds_recipe_sees_670_billion_tokens():
@@ -234,10 +239,10 @@ def test_validation_is_the_same_for_any_world_size(place, monkeypatch):
     alone = validate(place)
     monkeypatch.setattr(train, "all_reduce", lambda tensor: tensor)     # each sees its own share
     for world in (2, 8, 21):                # there are 20 rows
-        monkeypatch.setattr(train, "world", lambda: world)
+        monkeypatch.setattr(train, "WORLD", world)
         shares = []
         for rank in range(world):
-            monkeypatch.setattr(train, "rank", lambda: rank)
+            monkeypatch.setattr(train, "RANK", rank)
             shares.append(validate(place, batch_tokens=BLOCK * world))
         assert math.isclose(sum(shares), alone, rel_tol=1e-6), \
             f"{alone} alone, {sum(shares)} on {world} processes"
@@ -302,14 +307,14 @@ def cut_short(place, tmp_path, monkeypatch) -> Path:
 def test_resume_refuses_other_hyper_parameters_but_not_another_micro_batch(place, cut_short,
                                                                            capsys):
     message = refuse([*flags(place, cut_short, lr=0.5), "--resume"], capsys)
-    assert "--lr is 0.5" in message and "0.01" in message, message
+    assert "lr is 0.5" in message and "0.01" in message, message
     train.main([*flags(place, cut_short, micro_batch=4), "--resume"])
     assert state(cut_short)["step"] == 20
 
 
 def test_resume_refuses_another_tokenizer_and_other_data(place, cut_short, capsys):
     for vocabulary, change, part in ((280, str, "the tokenizer is"),
-                                     (300, str.upper, "the text of text is")):
+                                     (300, str.upper, "the text is")):
         texts = [change(path.read_text()) for path in sorted((place / "text").iterdir())]
         folder = cut_short / f"{part[4:8]}{vocabulary}"
         (folder / "text").mkdir(parents=True)
@@ -340,8 +345,15 @@ def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one(place, straight
 def test_a_new_run_sets_an_old_checkpoint_aside(place, tmp_path):
     for _ in range(2):
         train.main(flags(place, tmp_path, steps=1, warmup=0))
-    assert_same(weights(tmp_path), dict(load_checkpoint(tmp_path / "m.1").named_parameters()),
+    (aside,) = tmp_path.glob("m.*")
+    assert_same(weights(tmp_path), dict(load_checkpoint(aside).named_parameters()),
                 "the run's two folders")
+
+
+def test_a_folder_that_holds_no_run_is_not_set_aside(place, tmp_path):
+    shutil.copytree(place / "data", tmp_path / "m")             # --name of the data set's folder
+    train.main(flags(place, tmp_path, data=tmp_path / "m", steps=1, warmup=0))
+    assert (tmp_path / "m" / "manifest.json").exists() and state(tmp_path)["step"] == 1
 
 
 def test_two_checkpoints_are_kept_without_links(place, tmp_path):
@@ -383,8 +395,8 @@ def test_a_crash_at_any_system_call_of_a_save_leaves_one_whole_checkpoint(place,
                                batch_tokens=BLOCK, micro_batch=1, init=str(place / "init"),
                                warmup=0)
     training = train.Run(config, torch.device("cpu"), False)
-    training.metrics.parent.mkdir()
-    training.metrics.touch()
+    training.folder.mkdir()
+    (training.folder / "metrics.jsonl").touch()
 
     def save(step: int) -> None:
         with torch.no_grad():
@@ -467,18 +479,17 @@ def test_nothing_whole_is_deleted_because_something_after_it_failed(place, tmp_p
     (["--steps", "many"], "--steps: invalid int value: 'many'"),
     (["--steps", "0"], "--steps is 0"),
     (["--lr", "nan"], "--lr is nan"),
-    (["--micro-batch", "-1"], "--micro-batch is -1: expected a positive number"),
+    (["--micro-batch", "-1"], "--micro-batch is -1: expected > 0"),
     (["amd-135m", "--data", "{here}"], "{here} holds no finished data set"),
     (["llama-9"], "invalid choice: 'llama-9'"),
     (["amd-135m", "--preset", "gpt-5"], "--preset: invalid choice: 'gpt-5'"),
-    (["amd-135m"], "--data is missing"),
+    (["amd-135m"], "out/data holds no finished data set"),
     (["amd-135m", "--data", "nowhere"], "nowhere holds no finished data set"),
     (["amd-135m", "--data", "nowhere", "--device", "abacus"], "device 'abacus' is not there"),
     (["amd-135m", "--batch-tokens", "100"], "100 is no multiple of --block 2048"),
     (["amd-135m", "--precision", "int3"], "--precision: invalid choice: 'int3'"),
     (["amd-135m", "--lr", "1e-5"], "--lr 1e-05 is below --min-lr 6e-05"),
-    (["amd-135m", "--steps", "100"], "--warmup 2000 goes beyond --steps 100"),
-    (["demo", "--name", "one"], "into one folder"),
+    (["amd-135m", "--steps", "100"], "--warmup 2000 exceeds --steps 100"),
 ])
 def test_a_mistake_on_the_command_line_is_one_sentence(arguments, part, tmp_path, capsys):
     message = refuse([*arguments, "--out", tmp_path / "out"], capsys)
@@ -487,10 +498,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(arguments, part, tmp_path
 
 
 @pytest.mark.parametrize("changes, part", [
-    ({"micro_batch": 3}, "8 rows a step"),
+    ({"micro_batch": 3}, "does not divide 8 rows"),
     ({"init": "/nowhere"}, "/nowhere/config.json"),
     ({"block": 4096, "batch_tokens": 4096, "micro_batch": 1}, "block"),
-    ({"block": 128, "batch_tokens": 1024}, "longer than the model's context"),
+    ({"block": 128, "batch_tokens": 1024}, "--block 128 exceeds the model's context, 64"),
     ({"mix": "poems"}, "no source poems"),
     ({"preset": "amd-135m"}, "cannot grow"),
 ])
@@ -505,7 +516,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(place, tmp_path, cap
     save_checkpoint(Transformer(replace(shape, vocab_size=280)), tmp_path / "small")
     data.load_tokenizer(place / "init").save(tmp_path / "small")
     message = refuse(flags(place, tmp_path / "out", init=tmp_path / "small"), capsys)
-    assert "300 entries" in message and "280" in message, message
+    assert "300 different tokens" in message and "280" in message, message
 
 
 def test_resume_without_a_checkpoint_is_refused(place, tmp_path, capsys):
@@ -513,8 +524,9 @@ def test_resume_without_a_checkpoint_is_refused(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error, part", [
-    (torch.OutOfMemoryError("CUDA out of memory"), "lower --micro-batch"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--micro-batch"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--micro-batch"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+     "--micro-batch"),
     (RuntimeError("Failed to find C compiler. Please specify via CC"), "install g++"),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), "another process"),
 ])
