@@ -30,8 +30,8 @@ def expect(holds: bool, message: str) -> None:
         raise Wrong(message)
 
 
-def near(a, b, tolerance: float = 1e-9) -> bool:
-    """Whether two arrays are equal up to rounding: checks run in float64, so 1e-9 is plenty."""
+def near(a, b, tolerance: float = 1e-5) -> bool:
+    """Whether two arrays are equal up to rounding, in float32: a student may well compute in it."""
     a, b = (np.asarray(x.detach().double() if isinstance(x, Tensor) else x, np.float64)
             for x in (a, b))
     return a.shape == b.shape and bool((np.abs(a - b) <= tolerance * (1 + np.abs(b))).all())
@@ -127,7 +127,10 @@ def rms_norm(m: ModuleType) -> None:
     long = numbers(50, 768).bfloat16()
     exact = torch.from_numpy(oracle.rms_norm(long.double().numpy(), 1.0, 1e-5)).bfloat16()
     got = norm(long, eps=1e-5)
-    expect(got.dtype == torch.bfloat16, "the result has the type of x: of bfloat16, bfloat16")
+    expect(got.dtype == torch.bfloat16 and norm(x).dtype == x.dtype,
+           "the result has the type of x, a bfloat16 x's is bfloat16")
+    expect(near(norm(x), oracle.rms_norm(x.numpy(), 1.0, 0.0), 1e-12),
+           "a float64 x stays float64: only what is narrower than float32 is widened to it")
     # Rounded once, nearly all numbers are the exact ones'; in bf16 throughout, half of them are.
     expect((got == exact).double().mean() > 0.99,
            "a bfloat16 x has to be widened to float32 before it is squared: its 8 bits are too few")
@@ -160,6 +163,9 @@ def rope(m: ModuleType) -> None:
            "the sines are those of the same angles as the cosines, in the same order")
     expect(near(sin, torch.cat((-angles.sin(), angles.sin()), -1)),
            "the sign of the sines: see the row of signed sines in rope's docstring")
+    expect(near(cos[..., :4], angles.cos(), 1e-12),
+           "the angles have to be computed in float64 for a float64 model: see the end of rope's "
+           "docstring")
     cos, _ = m.rope(torch.tensor([[1001]]), config, torch.bfloat16)
     expect(cos.dtype == torch.bfloat16, "rope returns tables of the type that it was passed")
     expect(near(cos[0, 0, 0, :4], (1001 * speeds).cos(), 0.01),
@@ -193,6 +199,9 @@ def causal_attention(m: ModuleType) -> None:
     B, H, T, S, D = 2, 3, 2, 5, 4
     q, k, v = numbers(B, H, T, D), numbers(B, H, S, D, seed=1), numbers(B, H, S, D, seed=2)
     see_all = torch.zeros(1, 1, T, S, dtype=torch.float64)
+    expect(bool(attend(q, k, v, see_all).isfinite().all()),
+           "the mask is 0 where a query may look and -inf where it may not: with zeros everywhere "
+           "all keys are seen, and no result can be infinite or NaN")
     mean = v.mean(2, keepdim=True).expand(q.shape)
     expect(near(attend(q, torch.zeros_like(k), v, see_all), mean),
            "where all scores are equal, each query gets the mean of the values: the weights come "
@@ -272,8 +281,8 @@ def attention_layer(m: ModuleType) -> None:
         config = small_config(num_key_value_heads=K)
         layer, x = filled(m.Attention(config)), numbers(2, 5, 16)
 
-        def run(x: Tensor, first: int = 0) -> Tensor:
-            positions = first + torch.arange(x.shape[1])[None]
+        def run(x: Tensor, first: int = 0, apart: int = 1) -> Tensor:
+            positions = first + apart * torch.arange(x.shape[1])[None]
             tables = model.rope(positions, config, torch.float64)
             return result_of("the result", layer, x, *tables, shape=x.shape)
 
@@ -292,15 +301,18 @@ def attention_layer(m: ModuleType) -> None:
         expect(near(run(x), layer.o_proj(means)),
                "attention is causal: token t sees the tokens 0 to t, itself included")
         layer.k_proj.weight.data = keys
+        expect(near(run(x, apart=0), layer_oracle(layer, x, config, apart=0)),
+               "with all tokens at position 0, where nothing turns: each head has scores of its "
+               "own, of its D channels and scaled for them")
         expect(near(run(x), layer_oracle(layer, x, config)),
-               "queries and keys, both, are turned by rotate(), and the scores are scaled")
+               "queries and keys, both, are turned by rotate(), with the tables that were passed")
         attention_with_past(layer, x, config, run(x))
 
 
-def layer_oracle(layer, x: Tensor, config: model.ModelConfig) -> Tensor:
+def layer_oracle(layer, x: Tensor, config: model.ModelConfig, apart: int = 1) -> Tensor:
     """What an attention layer returns for x (B, T, C), by the oracle."""
     q, k, v, o = (getattr(layer, f"{name}_proj").weight.detach().numpy() for name in "qkvo")
-    rows, positions = [], np.arange(x.shape[1])
+    rows, positions = [], apart * np.arange(x.shape[1])
     for row in x.numpy():
         heads = [(row @ w.T).reshape(len(row), -1, config.head_dim) for w in (q, k, v)]
         heads[:2] = (oracle.rope(y, positions, config.rope_theta) for y in heads[:2])

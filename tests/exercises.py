@@ -27,7 +27,7 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ COPIED = ("*.py", "*.toml", "*.md", "docs/*", "benchmarks/*.py", "tests/*.py")
 ANSWERS = ("exercises.py", "exercise_checks.py", "test_exercises.py", "test_mutations.py")
 READY_SECONDS = 300                 # for a worker to import PyTorch, on a slow disk
 PRINTED = 500                       # characters shown of what a student's code prints
+MEMORY = 8 << 30                    # bytes that a student's code may take, where that can be set
 OURS = 10**6                        # line numbers from here on are this project's, not a student's
 
 
@@ -230,6 +231,9 @@ def work(folder: Path, numbers: list[int]) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    with suppress(ImportError, ValueError, OSError):    # where the system has no such limit
+        import resource
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     print("ready", file=channel, flush=True)
     for exercise in (EXERCISES[number - 1] for number in numbers):
         printed, path = Printed(), folder / exercise.file
@@ -361,6 +365,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"exercises.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130                                      # as shells have it
     return 0
 
 
