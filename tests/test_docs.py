@@ -263,8 +263,11 @@ def test_every_command_of_a_page_is_one_that_the_script_takes(page, monkeypatch,
                 patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
                 try:
                     module.main(words[words.index(script) + 1:])
-                except Parsed:
+                except Parsed as parsed:
                     count += 1
+                    for flag, table in (("tasks", "TASKS"), ("variants", "VARIANTS")):
+                        names = (getattr(parsed.args[0], flag, None) or "all").split(",")
+                        assert set(names) <= {"all", *getattr(module, table, names)}, command
                 except SystemExit:
                     pytest.fail(f"{page.name} has a command that its script refuses:\n  {command}\n"
                                 f"{capsys.readouterr().err}")
