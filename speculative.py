@@ -221,11 +221,14 @@ def advance(verdict: Verdict, last_two: Tensor, active: Tensor, target_cache: Ca
 
 # -------------------------------------------------------------------------------------- statistics
 
+Tokens = list[int]
+
+
 class Round(NamedTuple):
     """What a round gave each row. Where `tokens` is empty the row had ended before."""
-    tokens: list[list[int]]         # the accepted guesses and x, but nothing after a row's end
+    tokens: list[Tokens]            # the accepted guesses and x, but nothing after a row's end
     accepted: list[int]             # n, which counts all accepted guesses, also those after the end
-    drafted: list[list[int]]        # all guesses
+    drafted: list[Tokens]           # all guesses
 
 
 @dataclass
@@ -303,8 +306,8 @@ def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: 
 
 # ---------------------------------------------------------------------------------------- the loop
 
-def until_end(old: list[int], new: list[int], limit: int, eos_id: int | None,
-              stop: Callable | None) -> tuple[list[int], bool]:
+def until_end(old: Tokens, new: Tokens, limit: int, eos_id: int | None,
+              stop: Callable[[Tokens], bool] | None) -> tuple[Tokens, bool]:
     """What a row that has the tokens `old` keeps of `new`, and whether it ends with it: at its
     limit, with EOS (which is kept), or with the first token after which stop(tokens) is true."""
     for i, token in enumerate(new, 1):
@@ -345,7 +348,7 @@ class Decoder:
         self.graphs = graphs and record(self)
 
     @torch.inference_mode()
-    def read(self, prompts: list[list[int]]) -> None:
+    def read(self, prompts: list[Tokens]) -> None:
         """Each row's text is now its prompt: the target has yet to read its last token, the draft
         its last two. A prompt of one token, x, stands as x x there: see model.Cache."""
         self.last_two.copy_(torch.tensor([(2 * prompt)[-2:] for prompt in prompts]))
@@ -375,9 +378,9 @@ class Decoder:
         advance(verdict, self.last_two, self.active, *self.caches)
         return verdict
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, eos_id: int | None = None,
+    def generate(self, prompts: list[Tokens], max_new_tokens: int, eos_id: int | None = None,
                  seed: int = 0, stats: Stats | None = None,
-                 stop: Callable | None = None) -> Iterator[Round]:
+                 stop: Callable[[Tokens], bool] | None = None) -> Iterator[Round]:
         """Yield a Round at a time until all rows have their tokens, met EOS or filled the context.
 
         A row also ends with the first token after which stop(its new tokens) is true. Row b draws
@@ -431,8 +434,8 @@ def to_host(verdict: Verdict) -> Round:
                  accepted=[row[0] for row in table], drafted=[row[1:G + 1] for row in table])
 
 
-def complete(target: Transformer, prompts: list[list[int]], max_new_tokens: int, eos_id=None,
-             seed=0, stats=None, stop=None, **settings) -> list[list[int]]:
+def complete(target: Transformer, prompts: list[Tokens], max_new_tokens: int, eos_id=None,
+             seed=0, stats=None, stop=None, **settings) -> list[Tokens]:
     """The new tokens of each prompt, all in one batch; settings as for Decoder."""
     length = max(map(len, prompts), default=0) + max(max_new_tokens, 1)
     decoder = Decoder(target, batch=len(prompts), length=length, **settings)
@@ -462,7 +465,7 @@ def check_settings(decoder: Decoder, graphs: bool) -> None:
                          "or choose another --device")
 
 
-def check_request(decoder: Decoder, prompts: list[list[int]], max_new_tokens: int) -> None:
+def check_request(decoder: Decoder, prompts: list[Tokens], max_new_tokens: int) -> None:
     batch, most, lengths = len(decoder.active), decoder.length - 1, [*map(len, prompts)]
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
@@ -675,7 +678,7 @@ def load_pair(target: str, draft: str, device: torch.device,
 
 
 def held_out_prompts(folder: str | Path, tokenizer: Tokenizer, count: int,
-                     length: int) -> list[list[int]]:
+                     length: int) -> list[Tokens]:
     """Prompts of at most `length` tokens that end with the head of a function, each from another
     held-out file of a data set's source "code": the function's body is left to be written."""
     corpus, prompts = Corpus(folder, "val", ["code"]), []
@@ -719,8 +722,8 @@ def show(tokenizer: Tokenizer, verbose: bool, rounds: Iterator[Round],
     print(decode(b"", final=True))
 
 
-def compare(decoders: list[Decoder], prompts: list[list[int]], new: int, seed: int = 0,
-            display: Callable | None = None, **request) -> tuple[list[Stats], list[list]]:
+def compare(decoders: list[Decoder], prompts: list[Tokens], new: int, seed: int = 0,
+            display: Callable | None = None, **request) -> tuple[list[Stats], list[list[Tokens]]]:
     """Decode each prompt with each decoder, in turns so that a drift of the machine's speed meets
     all; returns their statistics and texts. The first prompt's rounds go through `display`."""
     stats, texts = [Stats() for _ in decoders], [[] for _ in decoders]
