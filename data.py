@@ -9,6 +9,11 @@
     and split, with an end-of-text token behind each document.
 4.  `Loader` cuts these files into blocks of T + 1 tokens and deals them out in a random order.
 
+    two documents           "the cat sat"    "a mat"
+    their tokens, and 0     17 52 60 0       9 41 0          here, 0 is the end-of-text token
+    blocks for T = 3        17 52 60 0       9 41 0 ...      a model reads 17 52 60: it should
+                                                             predict 52 60 0
+
 Letters: B rows of a batch, T tokens of a row, V entries of the vocabulary, N blocks.
 
     python data.py train-tokenizer --source general --source code --vocab-size 4096 --out out/bpe
@@ -66,7 +71,7 @@ PATTERN = "|".join((
 ))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Tokenizer:
     """A vocabulary, and the splitting of texts into its entries (by tiktoken, which is fast).
 
@@ -158,9 +163,7 @@ def learn_merges(frequency: dict[str, int], count: int) -> list[tuple[bytes, byt
 
     "e s" occurs 6 + 3 = 9 times, as does "s t"; of equals, the pair with the lower ids is merged.
     Then "newest" is n e w es t, and "es t" occurs 9 times; then "l o" occurs 5 + 2 = 7 times.
-
-    Only the words that hold the merged pair are counted again: a vocabulary of 4096 takes seconds
-    where a recount of everything after each merge would take hours.
+    Only the words that hold the merged pair are counted again: seconds instead of hours.
     """
     words = [list(word.encode()) for word in frequency]     # as ids; the first 256 are the bytes
     times, tokens, merges = [*frequency.values()], [bytes([b]) for b in range(256)], []
@@ -290,11 +293,10 @@ def worker_tokenizer(folder: Path) -> Tokenizer:
 
 
 def encode_part(folder: Path, val_fraction: float, field: str | None, max_bad: int, part: int,
-                source: str, spans: list[Span]) -> tuple[int, list[str]]:
-    """Write the tokens of a part of a source; return their number, and a message for each record
-    without text. Worker processes do this, each for one part at a time.
+                source: str, spans: list[Span]) -> int:
+    """Write the tokens of a part of a source and return their number: the work of one process.
 
-    The messages are written last: a part that has a file of them is complete.
+    Messages about records without text are written last: a part that has them is complete.
     """
     tokenizer, size, bad = worker_tokenizer(folder), 0, []
     records = ((span, record) for span in spans for record in read(source, span, field))
@@ -304,7 +306,8 @@ def encode_part(folder: Path, val_fraction: float, field: str | None, max_bad: i
             try:
                 text = text_of(record, source, span, field)
             except ValueError as error:
-                bad.append(str(error))
+                print(f"skipped {error}", file=sys.stderr)
+                bad.append(f"{error}\n")
                 check_bad(bad, max_bad)
                 continue
             if text:
@@ -312,8 +315,8 @@ def encode_part(folder: Path, val_fraction: float, field: str | None, max_bad: i
                 file = val if is_validation(record.key or text, val_fraction) else train
                 file.write(np.array(tokens, tokenizer.dtype).tobytes())
                 size += len(tokens)
-    write_whole(part_file(folder, part, "bad"), [f"{message}\n".encode() for message in bad])
-    return size, bad
+    write_whole(part_file(folder, part, "bad"), map(str.encode, bad))
+    return size
 
 
 def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
@@ -430,7 +433,7 @@ class Loader:
         share, n, numbers = self.rows // world, self.blocks_per_epoch, []
         first = step * self.rows + rank * share
         for epoch, place in (divmod(i, n) for i in range(first, first + share)):
-            if epoch != self.epoch:             # only the current epoch's order is kept
+            if epoch != self.epoch:             # only one epoch's order is kept: 4 N bytes
                 rng = np.random.default_rng([self.seed, epoch])
                 self.epoch, self.order = epoch, rng.permutation(np.arange(n, dtype=np.uint32))
             numbers.append(int(self.order[place]))
@@ -441,6 +444,7 @@ class Loader:
         rows = []
         for number in self.numbers(step, rank, world):
             source = np.searchsorted(self.ends, number, side="right")
+            # Counted from the end of the source: the last of its blocks is -1.
             rows.append(self.sources[source][number - self.ends[source]])
         return np.stack(rows).astype(np.int64)
 
@@ -453,7 +457,7 @@ PAUSE = 10                          # seconds between two lines of progress
 
 def check_bad(messages: list[str], limit: int) -> None:
     if len(messages) > limit:
-        raise ValueError(f"{messages[-1]}; that makes more than {limit} bad records")
+        raise ValueError(f"{messages[-1].strip()}; that makes more than {limit} bad records")
 
 
 def in_words(counts: Counter) -> str:
@@ -474,9 +478,9 @@ def one_sentence(problem: str) -> Iterator[None]:
 
 def check_plan(path: Path, plan: dict[str, Any]) -> None:
     """Note what a folder is made of, or refuse to go on if it is made of something else."""
-    if not path.exists():
+    if not path.exists() and not path.with_name("manifest.json").exists():
         write_whole(path, [json.dumps(plan, indent=1).encode()])
-    old = json.loads(path.read_bytes())
+    old = json.loads(path.read_bytes() if path.exists() else b"{}")
     if changed := [fact for fact in old | plan if old.get(fact) != plan.get(fact)]:
         raise ValueError(f"{changed[0]} has changed since {path.parent} was prepared: delete that "
                          "folder or choose another one")
@@ -495,20 +499,14 @@ def encode_parts(folder: Path, work: Callable, parts: list[tuple[str, list[Span]
     for orphan in folder.glob("parts/*.tmp"):               # left by a run that was killed
         orphan.unlink()
     reports = [part_file(folder, i, "bad") for i in range(len(parts))]
-    bad = [line for path in reports if path.exists() for line in path.read_text().splitlines()]
-    check_bad(bad, max_bad)
+    missing = [i for i, path in enumerate(reports) if not path.exists()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     tokens, start, shown = 0, time.monotonic(), time.monotonic()
     pool = ProcessPoolExecutor(cores, initializer=start_worker)
     try:
-        missing = [i for i, path in enumerate(reports) if not path.exists()]
         futures = [pool.submit(work, i, *parts[i]) for i in missing]
         for n, future in enumerate(as_completed(futures), 1):
-            size, messages = future.result()
-            bad, tokens, now = bad + messages, tokens + size, time.monotonic()
-            for message in messages:
-                print(f"skipped {message}", file=sys.stderr)
-            check_bad(bad, max_bad)
+            tokens, now = tokens + future.result(), time.monotonic()
             if now - shown > PAUSE:
                 shown, took = now, now - start
                 print(f"{n} of {len(missing)} parts, {tokens / took / 1e3:.0f}k tokens/s, "
@@ -519,6 +517,7 @@ def encode_parts(folder: Path, work: Callable, parts: list[tuple[str, list[Span]
                          "same command again; what was finished is kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
+    check_bad([line for path in reports for line in path.read_text().splitlines()], max_bad)
 
 
 def join_parts(folder: Path, tokenizer: Tokenizer, owners: list[str],
@@ -626,7 +625,7 @@ def read(source: str, span: Span, field: str | None = None) -> Iterator[Record]:
             rows = data.shard(data.num_shards, shard)
             yield from (Record(i, row) for i, row in enumerate(rows, 1))
         elif source in ("general", "code") and LIBRARY in Path(span.file).parents:
-            yield from python_records(source, Path(span.file))
+            yield from python_records(source, Path(span.file)) if not span.start else ()
         else:
             with open(span.file, "rb") as raw:
                 yield from (parquet_records(raw, field) if span.file.endswith(".parquet")
@@ -848,7 +847,7 @@ SUPPORTED = ((2, 3, 1, 2, "a model other than BPE"),        # part, field, defau
              (3, 5, 1, 1, "spaces that are not escaped"))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class SentencePiece(Tokenizer):
     """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken."""
 

@@ -117,6 +117,14 @@ def test_a_held_out_module_is_held_out_of_both_embedded_sources(code, general):
         "sources can be in the training text")
 
 
+def test_a_module_that_is_larger_than_a_part_is_one_document(code, small_parts):
+    parts = data.cut_parts(dict([data.find("code", Counter())]))
+    spans = [span for _, part in parts for span in part]
+    assert len(spans) > len(code), "no module was cut"
+    keys = [record.key for span in spans for record in data.read("code", span)]
+    assert sorted(keys) == sorted(key for key, text in code.items() if text)
+
+
 def test_the_split_depends_on_the_document_alone():
     keys = [story(i) for i in range(2000)]
     held_out = [key for key in keys if data.is_validation(key, 0.05)]
@@ -617,6 +625,9 @@ def test_a_changed_source_is_named(bpe, tmp_path):
         with pytest.raises(ValueError, match="in/(two|new).jsonl has changed since .*out"):
             data.prepare([f"a={tmp_path / 'in'}"], bpe, tmp_path / "out")
     assert contents(tmp_path / "out") == before, "the refused preparation changed the folder"
+    (tmp_path / "out" / "plan.json").unlink()           # as in folders of earlier versions
+    with pytest.raises(ValueError, match="has changed since"):
+        data.prepare([f"a={tmp_path / 'in'}"], bpe, tmp_path / "out")
 
 
 def test_another_preparation_is_not_written_over(bpe, tmp_path):

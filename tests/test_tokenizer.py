@@ -1,6 +1,7 @@
 """Claims about the tokenizers: what is trained, what is read, what other programs make of it."""
 
 import doctest
+import functools
 import io
 import json
 import os
@@ -356,6 +357,7 @@ def assert_equal_to_tokenizers(ours: data.Tokenizer, theirs, texts: list[str]) -
         assert ours.decode(expected.ids) == text
 
 
+@functools.cache
 def prose_code_and_random_strings(count: int) -> list[str]:
     rng = random.Random(5)
     fixed = [" " * n + x for n in (1, 2, 3, 17, 300) for x in ("", "x", "1", "\n", " \t\n  y")]
