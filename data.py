@@ -496,8 +496,6 @@ def start_worker() -> None:
 def encode_parts(folder: Path, work: Callable, parts: list[tuple[str, list[Span]]],
                  max_bad: int) -> None:
     """Make the parts that are missing, on all cores, and show how far it is."""
-    for orphan in folder.glob("parts/*.tmp"):               # left by a run that was killed
-        orphan.unlink()
     reports = [part_file(folder, i, "bad") for i in range(len(parts))]
     missing = [i for i, path in enumerate(reports) if not path.exists()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1034,7 +1032,7 @@ def whole_file(path: Path) -> Iterator[Any]:
 
     A crash at any moment leaves the old file or the new one, never a part of one.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -117,6 +117,21 @@ def test_a_held_out_module_is_held_out_of_both_embedded_sources(code, general):
         "sources can be in the training text")
 
 
+def test_what_is_held_out_of_one_embedded_source_is_held_out_of_the_other(bpe, tmp_path,
+                                                                            monkeypatch, general):
+    names = ["argparse.py", "ast.py", "bisect.py", "heapq.py", "shutil.py", "textwrap.py", "uuid.py"]
+    monkeypatch.setattr(data, "python_files", lambda _: [str(data.LIBRARY / n) for n in names])
+    data.prepare(["general", "code"], bpe, tmp_path / "out", val_fraction=0.5)
+    modules = {n: data.is_validation(n, 0.5) for n in names}
+    assert len(set(modules.values())) == 2
+    for name, held_out in modules.items():
+        split, other = ("val", "train") if held_out else ("train", "val")
+        source = (data.LIBRARY / name).read_text()
+        assert source in documents(tmp_path / "out", split, "code")
+        assert general[name] in documents(tmp_path / "out", split, "general")
+        assert general[name] not in documents(tmp_path / "out", other, "general")
+
+
 def test_a_module_that_is_larger_than_a_part_is_one_document(code, small_parts):
     parts = data.cut_parts(dict([data.find("code", Counter())]))
     spans = [span for _, part in parts for span in part]

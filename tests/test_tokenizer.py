@@ -263,6 +263,12 @@ def test_sentencepiece_models_give_sentencepiece_tokens(small_model):
     assert_same(small_model, hard_texts(2000) + [SHAKESPEARE])
 
 
+def test_runs_that_share_a_score_are_merged_from_the_left(small_model):
+    """As Llama-2's runs of spaces are, for which no other order of them is known to differ."""
+    runs = [("z" * n, -1e9, data.NORMAL) for n in (2, 3, 5)]
+    assert_same(with_pieces(small_model, runs), ["z" * n + end for n in range(20) for end in " a"])
+
+
 @pytest.mark.parametrize("kind", [data.NORMAL, data.USER_DEFINED, data.CONTROL])
 def test_codellama_extra_pieces_give_sentencepiece_tokens(small_model, kind):
     assert_same(with_pieces(small_model, codellama_pieces(kind)), hard_texts(300))
