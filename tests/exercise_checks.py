@@ -1,4 +1,4 @@
-"""What is asked of each exercise; exercises.py has their list and runs the checks.
+"""The checks of the exercises; exercises.py has their list and runs them.
 
 A check gets the module with the student's function in it and calls that with small inputs, made so
 that one property after the other can go wrong by itself. It raises Wrong with a sentence that names
@@ -128,7 +128,7 @@ def rms_norm(m: ModuleType) -> None:
     exact = torch.from_numpy(oracle.rms_norm(long.double().numpy(), 1.0, 1e-5)).bfloat16()
     got = norm(long, eps=1e-5)
     expect(got.dtype == torch.bfloat16 and norm(x).dtype == x.dtype,
-           "the result has the type of x, a bfloat16 x's is bfloat16")
+           "the result has the type of x: bfloat16 for a bfloat16 x")
     expect(near(norm(x), oracle.rms_norm(x.numpy(), 1.0, 0.0), 1e-12),
            "a float64 x stays float64: only what is narrower than float32 is widened to it")
     # Rounded once, nearly all numbers are the exact ones'; in bf16 throughout, half of them are.
@@ -150,19 +150,19 @@ def rope(m: ModuleType) -> None:
     speeds = torch.tensor([100.0 ** (-i / 4) for i in range(4)], dtype=torch.float64)
     angles = positions[..., None, None] * speeds
     expect(not near(cos, angles.repeat_interleave(2, -1).cos()),
-           "channels i and i + D/2 turn together, and no neighbours: see the example in rope's "
-           "docstring")
+           "channels i and i + D/2 turn together, not neighbouring channels: see the example in "
+           "rope's docstring")
     expect(near(cos[0, ..., :4], angles[0].cos()),
            "pair i of the head turns by t theta^(-2i/D), theta from the config: look at the "
            "exponent and its sign")
     expect(near(cos[1, ..., :4], angles[1].cos()),
-           "t is the position that rope was passed, which may begin anywhere in each row")
+           "t is the position that was passed to rope: each row may begin anywhere")
     expect(near(cos[..., 4:], cos[..., :4]),
            "the second half of the cosines repeats the first: channels i and i + D/2 turn together")
     expect(near(sin.abs(), torch.cat((angles, angles), -1).sin().abs()),
            "the sines are those of the same angles as the cosines, in the same order")
     expect(near(sin, torch.cat((-angles.sin(), angles.sin()), -1)),
-           "the sign of the sines: see the row of signed sines in rope's docstring")
+           "the sign of the sines is wrong: see the row of signed sines in rope's docstring")
     expect(near(cos[..., :4], angles.cos(), 1e-12),
            "the angles have to be computed in float64 for a float64 model: see the end of rope's "
            "docstring")
@@ -187,7 +187,7 @@ def rotation(m: ModuleType) -> None:
     expect(near(partner.abs(), x[..., [2, 3, 0, 1]].abs()),
            "rotate: the partner of channel i is channel i + D/2, and the reverse")
     expect(near(partner, x[..., [2, 3, 0, 1]]),
-           "rotate: the sines that it is passed are signed already, so it only adds")
+           "rotate: the sines that are passed to it are signed already, so it only adds")
     expect(near(rotate(x, cos, sin), x * cos + x[..., [2, 3, 0, 1]] * sin),
            "rotate: each channel takes the cosine and the sine of its own place")
 
@@ -244,7 +244,7 @@ def swiglu(m: ModuleType) -> None:
            "the output is linear in what up_proj returns: only the gate goes through silu, and "
            "the two are multiplied")
     layer.up_proj.weight.data, layer.down_proj.weight.data = up, 2 * down
-    expect(near(run(), 2 * result), "down_proj comes last, behind the product")
+    expect(near(run(), 2 * result), "down_proj comes last, after the product")
     layer.down_proj.weight.data = down
     layer.gate_proj.weight.data = 1e4 * gate
     z = x @ gate.T
@@ -374,7 +374,7 @@ def cache_and_rollback(m: ModuleType) -> None:
                "row's position")
     expect(len(pasts) == 2 and all(past.keys is keys and past.values is values for past, keys,
                                    values in zip(pasts, cache.keys, cache.values)),
-           "a Past for each layer, with that layer's own keys and values, not copies of them")
+           "lookup returns a Past for each layer, with that layer's own keys and values, no copies")
     for past in pasts:
         rows, where = past.where
         a_tensor("past.where[0], the rows", rows, (2, 1))
@@ -392,7 +392,7 @@ def cache_masks(mask: Tensor, places: Tensor) -> None:
     for b, t, s in itertools.product(range(2), range(2), range(8)):
         if s > places[b, t]:
             expect(mask[b, 0, t, s] == -math.inf,
-                   "past.mask lets a token look at places behind its own, where stale keys lie")
+                   "past.mask lets a token look at places after its own, where stale keys lie")
         else:
             expect(mask[b, 0, t, s] == 0,
                    "past.mask hides a place that a token may see: its own, or one before it")
@@ -409,8 +409,8 @@ def cache_runs(fresh: Callable, transformer) -> None:
     cache.advance(2)
     cache.rollback(2)
     expect(near(transformer(tokens[:, 2:], cache), whole[:, 2:]),
-           "two tokens, two that are rolled back, and the rest have to give the logits of a run "
-           "without a cache")
+           "two tokens, then two more that are rolled back, then the rest: the logits have to be "
+           "those of a run without a cache")
     cache = fresh()
     cache.position = torch.tensor([-1, -1])
     twice = transformer(tokens[:, [0, 0]], cache)           # a lone token, fed twice
@@ -463,7 +463,7 @@ def schedule(m: ModuleType) -> None:
                                  "between lr and min_lr")
     expect(near([rate(step) for step in range(21)],
                 [oracle.lr_at(step, 2.0, 0.5, 4, 20) for step in range(21)]),
-           "between the two it falls along half a cosine: flat, steep, flat, and no line")
+           "after the warmup the rate falls along half a cosine, not along a line")
     config.warmup = 0
     expect(near(rate(0), 2.0), "without a warmup the first step has lr: do not divide by 0")
 
@@ -485,7 +485,7 @@ def clipping(m: ModuleType) -> None:
            "clipping keeps the direction: one factor for all elements, not a limit for each")
     expect(near(large, [0.6, 0.8], 1e-5),
            "a gradient longer than the limit becomes as long as the limit")
-    expect(near(norm, 5.0, 1e-5), "what is returned is the norm from before the clipping")
+    expect(near(norm, 5.0, 1e-5), "clip returns the norm from before the clipping")
     zero, norm = clip(0.0, 0.0, limit=1.0)
     expect(near(zero, [0.0, 0.0]) and norm == 0, "a gradient of 0 stays 0: 0/0 is not a number")
 
@@ -517,11 +517,11 @@ def adamw(m: ModuleType) -> None:
                "the decay takes lr * weight_decay * param off, once, also where the gradient is 0")
         param, _, _ = step(w, g, 0 * g, 0 * g, 1, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-30)
         expect(near(param, w - 0.1 * np.sign(g)),
-               "the first step goes by lr along the gradient's sign, whatever its size: both means "
-               "start at 0 and are divided by what they lack of 1")
+               "the first step moves each weight by lr, whatever the size of its gradient: m and v "
+               "start at 0, too small, and the bias correction makes up for that")
         param, _, _ = step(w, g, 0 * g, 0 * g, 1, lr=0.1, beta1=0.9, beta2=0.99, eps=1.0)
         expect(near(param, w - 0.1 * g / (np.abs(g) + 1)),
-               "eps is added to the root of v, outside it, once v is corrected")
+               "eps is added to the root of the corrected v, outside the root")
     expect(near(*adamw_runs(m.adamw_step)),
            "three steps in a row differ from torch.optim.AdamW's: the correction at step t has "
            "beta to the power of t")
@@ -556,7 +556,7 @@ def warp(m: ModuleType) -> None:
            "temperature 0: all mass on the greatest logit, the first of equals")
     expect(near(made(x, 0.5), (2 * x).softmax(-1)),
            "the logits are divided by the temperature, before the softmax")
-    expect(near(made(x, 1.0, 99), x.softmax(-1)), "top-k keeps all of a vocabulary of fewer than k")
+    expect(near(made(x, 1.0, 99), x.softmax(-1)), "top-k keeps all if there are fewer than k")
     p = of(0.1, 0.4, 0.3, 0.2)
     expect(near(made(p, 1.0, 2), [0, 4 / 7, 3 / 7, 0]),
            "top-k keeps the k greatest logits and gives the others probability 0; what is kept "
@@ -594,7 +594,7 @@ def residual(m: ModuleType) -> None:
     expect(got[2] == 0, "a token that the draft guesses too often, q > p, gets nothing of the "
                         "residual")
     expect(near(got, [0.75, 0.25, 0.0]),
-           "the residual is what p has more than q, token by token, and nothing else is done to it")
+           "the residual is the part of p that q does not cover, token by token, and nothing else")
     expect(near(shares([p, [0.2, 0.2, 0.6]], [q, [0.4, 0.4, 0.2]])[1], [0, 0, 1]),
            "each row has a residual of its own")
     expect(near(shares([p, p], [p, q])[0], p),
@@ -632,8 +632,7 @@ def verify(m: ModuleType) -> None:
            "from p")
     flat = [[[0.25] * 4, [0.25] * 4]]
     expect(judge(flat, [[[0.0, 0, 0, 1]]], [[3]], [[0.9, 0.1]])[0] == [[0]],
-           "the token of the target's own is drawn with the last random number, which has judged "
-           "no guess")
+           "the last random number draws the target's own token: use one that has judged no guess")
     expect(judge(flat, [[[0.5, 0.5]]], [[0]], [[0.9, 0.9]])[0] == [[3]],
            "the draft may know fewer tokens than the target: q of the others is 0")
     verify_at_random(judge)
@@ -741,8 +740,8 @@ def one_round(m: ModuleType) -> None:
     pair, G = a_pair(), GUESSES
     drafts = proposal(m, pair)
     expect(torch.equal(pair.draft_cache.position, torch.tensor([4 + G] * 2)),
-           "propose: the draft has then read its last two tokens and all guesses but the last one: "
-           "its cache has advanced by G + 1")
+           "propose: in the end the draft has read the last two tokens and all guesses but the "
+           "last one: its cache has advanced by G + 1")
     other = a_pair(vocab=13)
     tokens, q = m.propose(other.draft, other.draft_cache, other.last_two, other.u[:, :G],
                           speculative.Sampling(*SAMPLING), 13)
@@ -850,5 +849,5 @@ def rounds(m: ModuleType) -> None:
               for net in (pair.target, pair.draft)),
             pair.texts[b].tolist(), len(text), G, lambda n: next(stream), *SAMPLING)
         expect(text == wanted,
-               "four rounds in a row have to write what they write without any cache: look at what "
-               "advance() leaves for the next round")
+               "four rounds in a row have to write the same text as decoding without a cache: look "
+               "at the state that advance() leaves for the next round")

@@ -3,7 +3,7 @@
 `make` writes a student's copy of the project, in which the bodies of some functions are taken out:
 their signatures, docstrings and equations stay. `check` says for each exercise whether it is
 solved, and if not, which property fails and where to look. docs/exercises.md is the student's page;
-exercise_checks.py has what is asked of each.
+exercise_checks.py has the checks.
 
 An exercise is judged alone: the student's file is loaded with this project's own bodies in all the
 functions that belong to other exercises, and it imports this project's other files. So a mistake
@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A student's copy has all of the project but the answers.
 COPIED = ("*.py", "*.toml", "*.md", "docs/*", "benchmarks/*.py", "tests/*.py")
-ANSWERS = ("exercises.py", "exercise_checks.py", "test_exercises.py", "test_mutations.py")
+LEFT_OUT = ("exercises.py", "exercise_checks.py", "test_exercises.py", "test_mutations.py",
+            "test_docs.py")      # the pages it reads speak of the others
 READY_SECONDS = 300                 # for a worker to import PyTorch, on a slow disk
 PRINTED = 500                       # characters shown of what a student's code prints
 MEMORY = 8 << 30                    # bytes that a student's code may take, where that can be set
@@ -285,7 +286,7 @@ def make(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: name a new one")
     paths = [path for pattern in COPIED for path in sorted(ROOT.glob(pattern))
-             if path.is_file() and path.name not in ANSWERS]
+             if path.is_file() and path.name not in LEFT_OUT]
     files = {exercise.file for exercise in EXERCISES}
     texts = {file: blanked(file, EXERCISES) for file in files}      # before anything is written
     for path in paths:
@@ -303,8 +304,8 @@ def make(folder: Path) -> None:
 def check(folder: Path, numbers: list[int], seconds: float, as_json: bool) -> int:
     """Judge exercises and report: 0 if all are solved, else 1."""
     if not (folder / EXERCISES[0].file).is_file():
-        raise ValueError(f"{folder} has no {EXERCISES[0].file}: expected a student's copy, which "
-                         f"python tests/exercises.py make {folder} writes")
+        raise ValueError(f"{folder} has no {EXERCISES[0].file}: expected a student's copy, as "
+                         "`python tests/exercises.py make` writes it")
     if unknown := [n for n in numbers if not 1 <= n <= len(EXERCISES)]:
         raise ValueError(f"there is no exercise {unknown[0]}: they are 1 to {len(EXERCISES)}")
     results = []
@@ -343,10 +344,10 @@ def report(result: dict, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Write a student's copy of the project, or check one. See docs/exercises.md.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="make or check")
     maker = commands.add_parser("make", help="write a copy without the bodies of the exercises")
     maker.add_argument("folder", type=Path, metavar="DIR")
-    checker = commands.add_parser("check", help="say what is solved, and what fails elsewhere")
+    checker = commands.add_parser("check", help="say which are solved, and which property fails")
     checker.add_argument("folder", type=Path, metavar="DIR")
     checker.add_argument("numbers", type=int, nargs="*", metavar="N", help="default: all")
     checker.add_argument("--json", action="store_true", help="for a grader")
@@ -362,7 +363,10 @@ def main(argv: list[str] | None = None) -> int:
             work(args.folder, args.numbers)
         else:
             return check(args.folder, args.numbers, args.seconds, args.json)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"exercises.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"exercises.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ WRONG = {
         ("half the exponent", "look at the exponent", "(even / config.head_dim)",
          "(even / 2 / config.head_dim)"),
         ("theta is fixed", "theta from the config", "config.rope_theta", "10000.0"),
-        ("the paper's pairs", "no neighbours", "torch.cat((cos, cos), -1)",
+        ("the paper's pairs", "not neighbouring channels", "torch.cat((cos, cos), -1)",
          "cos.repeat_interleave(2, -1)"),
         ("no minus", "sign of the sines", "torch.cat((-sin, sin), -1)",
          "torch.cat((sin, sin), -1)"),
@@ -143,7 +143,7 @@ WRONG = {
         ("a step too early", "the first step", "config.lr * step / config.warmup",
          "config.lr * (step + 1) / config.warmup"),
         ("t from step 0", "t is counted from the end", "(step - config.warmup)", "(step)"),
-        ("a line", "no line", "(1 + math.cos(math.pi * t)) / 2", "(1 - t)"),
+        ("a line", "not along a line", "(1 + math.cos(math.pi * t)) / 2", "(1 - t)"),
         ("down to 0", "at the last step", "return config.min_lr + (config.lr - config.min_lr) *",
          "return config.lr *"),
         ("no warmup", "the first step", "step < config.warmup", "step < 0")],
@@ -157,10 +157,10 @@ WRONG = {
         ("the norm of what is left", "from before the clipping", "return norm",
          "return gradient.norm()")],
     "AdamW": [
-        ("no correction", "are divided by what they lack", "m / (1 - beta1**step)", "m"),
+        ("no correction", "bias correction", "m / (1 - beta1**step)", "m"),
         ("the decay in the gradient", "no part of the gradient", "    m = beta1 * m",
          "    grad = grad + weight_decay * param\n    m = beta1 * m"),
-        ("eps in the root", "outside it", "np.sqrt(v_hat) + eps", "np.sqrt(v_hat + eps)"),
+        ("eps in the root", "outside the root", "np.sqrt(v_hat) + eps", "np.sqrt(v_hat + eps)"),
         ("the decay without lr", "lr * weight_decay * param",
          "return param - lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * param)",
          "return param - lr * m_hat / (np.sqrt(v_hat) + eps) - weight_decay * param"),
@@ -483,7 +483,7 @@ def test_a_students_copy_has_equations_but_no_answers(copy):
             assert len(theirs[name].body) <= 2, "a docstring and the raise, nothing else"
         assert set(theirs) == set(ours), "the other functions stay"
     names = {path.name for path in copy.rglob("*")}
-    assert not names & set(exercises.ANSWERS), "the answers must not be in the copy"
+    assert not names & set(exercises.LEFT_OUT), "the answers must not be in the copy"
     assert {"README.md", "pyproject.toml", "exercises.md", "train.py", "conftest.py"} <= names
 
 
