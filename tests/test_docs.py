@@ -266,7 +266,8 @@ def test_every_command_of_a_page_is_one_that_the_script_takes(page, monkeypatch,
                 except Parsed as parsed:
                     count += 1
                     for flag, table in (("tasks", "TASKS"), ("variants", "VARIANTS")):
-                        names = (getattr(parsed.args[0], flag, None) or "all").split(",")
+                        names = getattr(parsed.args[0], flag, None) or []
+                        names = names.split(",") if isinstance(names, str) else names
                         assert set(names) <= {"all", *getattr(module, table, names)}, command
                 except SystemExit:
                     pytest.fail(f"{page.name} has a command that its script refuses:\n  {command}\n"
