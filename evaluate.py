@@ -414,7 +414,7 @@ class Report:
 
     def line(self, name: str, result: dict) -> None:
         cells = [result.get(column, "") for column in self.columns]
-        print(f"{name:20}", *(f"{x:>14.4g}" if isinstance(x, float) else f"{x:>14}"
+        print(f"{name:20}", *(f"{x:>14.4g}" if isinstance(x, float) else f"{x!s:>14}"
                               for x in cells), sep="", flush=True)
 
     def add(self, name: str, result: dict, rows: list) -> None:

@@ -413,6 +413,15 @@ def test_a_run_writes_its_scores_settings_and_rows(checkpoint, arc_data, tmp_pat
     assert dict(zip(head.split(), line.split()[1:]))["amd"] == "0.4364"
 
 
+def test_a_new_task_is_a_function_and_a_line(checkpoint, tmp_path, monkeypatch, capsys):
+    """What the README tells a forker: AMD's figure may be None."""
+    task = evaluate.Task(lambda row: evaluate.choose(row["q"], row["choices"], 1), None, "mine")
+    monkeypatch.setitem(TASKS, "quiz", task)
+    write_rows(tmp_path, "quiz", [{"q": "1 + 1 =", "choices": ["3", "2"]}] * 3, "mine.jsonl")
+    evaluate.main([checkpoint("a"), "--tasks", "quiz", "--data", str(tmp_path)])
+    assert "None" in capsys.readouterr().out
+
+
 def test_a_run_s_name_stands_for_its_newest_checkpoint(checkpoint, arc_data, tmp_path, capsys):
     outputs = []
     for step, changes in (("step-000009", {"num_hidden_layers": 1}), ("step-000010", {})):
