@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ import tiktoken
 # ------------------------------------------------------------------------------ tokenizer
 
 END = "<|endoftext|>"
+Files = dict[str, bytes]                                   # name -> content
 
 # The pattern that cuts a text into words before anything is merged: no token reaches from one word
 # into the next. As in GPT-4, a word takes the one character before it along (mostly a space) and
@@ -82,10 +83,11 @@ class Tokenizer:
     pieces: list[bytes]             # the bytes that each id stands for, none for special tokens
     ranks: dict[bytes, int]         # what merging makes -> the order in which it does
     pattern: str
-    files: dict[str, bytes]         # what it was read from, for saving it again
+    files: Files                    # what it was read from, for saving it again
     eos_id: int                     # ends a text
     bos_id: int | None = None       # begins a text, if there is such a token
     add_bos: bool = False           # whether it stands in front of a prompt
+    fixed = {}                      # text that is cut out before all else -> its id
 
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:
@@ -127,7 +129,7 @@ class Tokenizer:
     @functools.cached_property
     def sha256(self) -> str:
         """The vocabulary's identity: with equal hashes, every text has equal ids."""
-        facts = [self.pattern, self.eos_id, self.pieces, sorted(self.ranks.items())]
+        facts = [self.pattern, self.eos_id, self.pieces, sorted(self.ranks.items()), self.fixed]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -232,7 +234,7 @@ class Record(NamedTuple):
     """One document as it lies in its file."""
 
     line: int                       # in the span that it was read from, for messages
-    row: dict[str, Any] | bytes     # fields, or UTF-8: a line of JSON, or the text itself
+    row: dict | bytes     # fields, or UTF-8: a line of JSON, or the text itself
     key: str = ""                   # what decides its split, if not its text
 
 
@@ -242,6 +244,10 @@ class Span(NamedTuple):
     file: str
     start: int
     stop: int
+
+
+Part = tuple[str, list[Span]]                               # of a source
+Found = dict[str, dict[str, list[int]]]                     # source: {file: [size, last change]}
 
 
 def is_validation(key: str, fraction: float) -> bool:
@@ -470,13 +476,13 @@ def one_sentence(problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
         if isinstance(error, ImportError):
             reason = f"it needs {error.name}: pip install -e '.[hub]'"
-        raise ValueError(f"{problem}: {reason}") from error
+        raise ValueError(f"{problem}: {' '.join(reason.split())}") from error
 
 
-def check_plan(path: Path, plan: dict[str, Any]) -> None:
+def check_plan(path: Path, plan: dict) -> None:
     """Note what a folder is made of, or refuse to go on if it is made of something else."""
     if not path.exists() and not path.with_name("manifest.json").exists():
         write_whole(path, [json.dumps(plan, indent=1).encode()])
@@ -493,8 +499,7 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode_parts(folder: Path, work: Callable, parts: list[tuple[str, list[Span]]],
-                 max_bad: int) -> None:
+def encode_parts(folder: Path, work: Callable, parts: list[Part], max_bad: int) -> None:
     """Make the parts that are missing, on all cores, and show how far it is."""
     reports = [part_file(folder, i, "bad") for i in range(len(parts))]
     missing = [i for i, path in enumerate(reports) if not path.exists()]
@@ -518,6 +523,13 @@ def encode_parts(folder: Path, work: Callable, parts: list[tuple[str, list[Span]
     check_bad([line for path in reports for line in path.read_text().splitlines()], max_bad)
 
 
+def chunks(paths: Iterable[Path]) -> Iterator[bytes]:
+    """What some files hold together, in pieces that fit into memory."""
+    for path in paths:
+        with open(path, "rb") as file:
+            yield from iter(functools.partial(file.read, MIB), b"")
+
+
 def join_parts(folder: Path, tokenizer: Tokenizer, owners: list[str],
                sources: Iterable[str]) -> None:
     """Join the parts to one file for each source and split. owners: the source of each part."""
@@ -525,7 +537,7 @@ def join_parts(folder: Path, tokenizer: Tokenizer, owners: list[str],
     for name, split in itertools.product(counts, SPLITS):
         paths = [part_file(folder, i, split) for i, owner in enumerate(owners) if owner == name]
         whole = folder / f"{name}.{split}.bin"
-        write_whole(whole, (path.read_bytes() for path in paths))
+        write_whole(whole, chunks(paths))
         counts[name][split] = whole.stat().st_size // np.dtype(tokenizer.dtype).itemsize
         if not counts[name]["train"]:
             raise ValueError(f"source {name} has no text to train on")
@@ -599,20 +611,20 @@ def unfit(path: str) -> str:
         return "unreadable files or folders"
 
 
-def cut_parts(found: dict[str, dict[str, list[int]]]) -> list[tuple[str, list[Span]]]:
+def cut_parts(found: Found) -> list[Part]:
     """Group small files, and cut large ones, into parts of about one size: 1 MiB to 64 MiB."""
     total = sum(size for files in found.values() for size, _ in files.values())
-    part_size, parts = min(max(total // 1000 // MIB, 1) * MIB, SHARD), []
+    part_size = min(max(total // 1000 // MIB, 1) * MIB, SHARD)
+    parts, position = defaultdict(list), 0
     for source, files in found.items():
-        spans = []
         for file, (size, _) in files.items():
             step = SHARD if file.startswith("hub:") else max(size, 1)
             step = part_size if file.endswith(SPANNED) else step
-            spans += [Span(file, i, min(i + step, size)) for i in range(0, size, step)]
-        ends = itertools.accumulate(span.stop - span.start for span in spans)
-        groups = itertools.groupby(zip(spans, ends), lambda pair: (pair[1] - 1) // part_size)
-        parts += [(source, [span for span, _ in group]) for _, group in groups]
-    return parts
+            for start in range(0, size, step):
+                span = Span(file, start, min(start + step, size))
+                parts[source, position // part_size].append(span)
+                position += span.stop - span.start
+    return [(source, spans) for (source, _), spans in parts.items()]
 
 
 def read(source: str, span: Span, field: str | None = None) -> Iterator[Record]:
@@ -697,15 +709,14 @@ def python_records(source: str, path: Path) -> Iterator[Record]:
     The split goes by the module's name: a module that is held out is so in both, so that no
     held-out source has its docstrings in the training text. Nothing is imported.
     """
-    text = path.read_text("utf-8", errors="replace")
-    documents = {str(path.relative_to(LIBRARY)): text}
+    text, key = path.read_text("utf-8", errors="replace"), str(path.relative_to(LIBRARY))
+    documents = {key: text}
     if path == TOPICS:
         documents = ast.literal_eval(ast.parse(text).body[0].value)     # {topic: text}
     elif source == "general":
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
-        documents = dict.fromkeys(documents, "\n\n".join(
-            filter(None, map(ast.get_docstring, nodes))))
+        kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+        documents[key] = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
     yield from (Record(1, text.encode(), key) for key, text in documents.items())
 
 
@@ -750,21 +761,22 @@ def refuse(unsupported: Iterable[str]) -> None:
         raise ValueError(f"not supported: {names}")
 
 
-def read_roles(files: dict[str, bytes], ids: dict[str, int], eos: str | None, bos: str | None,
-               add_bos: bool) -> dict[str, Any]:
-    """Which tokens end and begin a text: what tokenizer_config.json says, or else the defaults."""
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    eos, bos = config.get("eos_token", eos), config.get("bos_token", bos)
-    eos, bos = (ids.get(role["content"] if isinstance(role, dict) else role) for role in (eos, bos))
+def read_roles(files: Files, ids: dict[str, int], *defaults: Any) -> tuple[int, int | None, bool]:
+    """EOS, BOS and whether BOS stands in front: as tokenizer_config.json says, or the defaults."""
+    names, config = ("eos_token", "bos_token", "add_bos_token"), config_of(files)
+    eos, bos, add_bos = (config.get(name, value) for name, value in zip(names, defaults))
+    eos, bos = (ids.get(name["content"] if isinstance(name, dict) else name) for name in (eos, bos))
     if eos is None:
         raise ValueError("its end-of-text token is not known: tokenizer_config.json must name one "
                          "of its tokens as eos_token")
-    asked = config.get("add_bos_token")
-    return {"eos_id": eos, "bos_id": bos,
-            "add_bos": bos is not None and (add_bos if asked is None else asked)}
+    return eos, bos, bos is not None and (defaults[2] if add_bos is None else add_bos)
 
 
-def write_tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict[str, bytes]:
+def config_of(files: Files) -> dict:
+    return json.loads(files.get("tokenizer_config.json", b"{}"))
+
+
+def write_tokenizer_json(merges: list[tuple[bytes, bytes]]) -> Files:
     """The files of a byte-level tokenizer, as transformers and `read_tokenizer_json` read them."""
     tokens = [bytes([b]) for b in range(256)] + [left + right for left, right in merges]
     name = {token: token.decode("latin-1").translate(GLYPHS) for token in tokens}
@@ -774,12 +786,12 @@ def write_tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict[str, bytes]:
     content["model"] |= {"vocab": {name[token]: i for i, token in enumerate(tokens)},
                          "merges": [[name[left], name[right]] for left, right in merges]}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END,
-              "add_bos_token": False}
+              "add_bos_token": False, "clean_up_tokenization_spaces": False}
     return {"tokenizer.json": json.dumps(content, ensure_ascii=False).encode(),
             "tokenizer_config.json": json.dumps(config).encode()}
 
 
-def word_pattern(pre_tokenizer: dict[str, Any]) -> str:
+def word_pattern(pre_tokenizer: dict) -> str:
     """The pattern with which tiktoken cuts a text into the same words."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     *first, last = [{"use_regex": True} | step for step in steps]
@@ -795,7 +807,7 @@ def word_pattern(pre_tokenizer: dict[str, Any]) -> str:
     raise ValueError(f"not supported: the pre_tokenizer {json.dumps(pre_tokenizer)}")
 
 
-def read_tokenizer_json(files: dict[str, bytes]) -> Tokenizer:
+def read_tokenizer_json(files: Files) -> Tokenizer:
     """Read a byte-level tokenizer.json, such as GPT-2's, Llama-3's, SmolLM2's and our own.
 
     It lists pairs to merge; tiktoken merges any pair that makes a token. For lists that training
@@ -825,7 +837,7 @@ def read_tokenizer_json(files: dict[str, bytes]) -> Tokenizer:
     first = re.search(r'"single": \[{"SpecialToken": {"id": "([^"]*)"', template)
     roles = read_roles(files, ids, END, first and first[1], bool(first))
     tokenizer = Tokenizer([*token_of.values()], ranks, word_pattern(content["pre_tokenizer"] or {}),
-                          files, **roles)
+                          files, *roles)
     sample = "".join(map(chr, range(0x3000)))
     if tokenizer.decode(tokenizer.encode(sample)) != sample:
         raise ValueError("its pattern leaves out characters")
@@ -845,23 +857,53 @@ SUPPORTED = ((2, 3, 1, 2, "a model other than BPE"),        # part, field, defau
              (3, 5, 1, 1, "spaces that are not escaped"))
 
 
-@dataclass(eq=False, repr=False)
 class SentencePiece(Tokenizer):
-    """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken."""
+    """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken.
 
-    ids: list[tuple[int, ...]] = field(default_factory=list)    # those of each rank
-    fixed: dict[str, int] = field(default_factory=dict)         # cut out before merging
+    SentencePiece merges characters, the best score first, and spells what it does not know in
+    bytes; tiktoken merges bytes, the lowest rank first. They agree when the ranks are, in order:
+    the 256 bytes; the first bytes of the vocabulary's multi-byte characters; those characters; the
+    other pieces by score. Runs of SPACE share one score in Llama-2, and SentencePiece then merges
+    leftmost first, which is the same as longest first. At the end, ranks become ids.
+    """
+
+    def __init__(self, vocabulary: list[tuple[str, float, int]], files: Files, *roles: Any):
+        """vocabulary: (text, score, type) by id."""
+        normal, fixed, spelled = ({text: i for i, (text, _, kind) in enumerate(vocabulary)
+                                   if kind == wanted} for wanted in (NORMAL, USER_DEFINED, BYTE))
+        refuse({"a space after another character" for text in normal
+                if SPACE in text.lstrip(SPACE)})
+        characters = sorted(text.encode() for text in normal if len(text) == 1)
+        starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
+        merged = sorted((text for text in normal if len(text) > 1),
+                        key=lambda text: (-vocabulary[normal[text]][1], -len(text)))
+        tokens = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:]),
+                  *map(str.encode, merged)]
+        # No piece has SPACE after another character, so no merge crosses the border before it.
+        pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
+        # tiktoken looks a whole word up before it merges, and so finds even a piece that no merges
+        # lead to. Such pieces, which fall apart when a NUL follows, get no rank.
+        trial = Tokenizer([], {token: i for i, token in enumerate(tokens)}, pattern, {}, 0)
+        lost = {text.encode() for text in merged if len(trial.encode(text + "\0")) > 2}
+        ranks = {token: i for i, token in enumerate(token for token in tokens if token not in lost)}
+        pieces = [text.replace(SPACE, " ").encode() if kind in (NORMAL, USER_DEFINED)
+                  else bytes.fromhex(text[3:5]) if kind == BYTE else b""
+                  for text, _, kind in vocabulary]
+        super().__init__(pieces, ranks, pattern, files, *roles)
+        byte_ids = [i for _, i in sorted(spelled.items())]
+        ids = {text.encode(): (i,) for text, i in normal.items()}
+        self.ids = [ids.get(token) or tuple(byte_ids[b] for b in token) for token in ranks]
+        self.fixed = fixed
+        longest_first = sorted(map(re.escape, fixed), key=len, reverse=True)
+        self.cut = re.compile(f"({'|'.join(longest_first) or '(?!)'})")     # (?!) matches nothing
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        text = SPACE + text.replace(" ", SPACE) if text else ""
-        longest_first = "|".join(map(re.escape, sorted(self.fixed, key=len, reverse=True)))
-        for part in re.split(f"({longest_first})", text) if self.fixed else [text]:
-            if part in self.fixed:
-                ids.append(self.fixed[part])
-            else:
-                ranks = self.encoding.encode_ordinary(part)
-                ids += itertools.chain.from_iterable(map(self.ids.__getitem__, ranks))
+        parts = self.cut.split(SPACE + text.replace(" ", SPACE) if text else "")
+        for i, part in enumerate(parts):                    # text, fixed, text, fixed, ..., text
+            ranks = [] if i % 2 else self.encoding.encode_ordinary(part)
+            ids += [self.fixed[part]] if i % 2 else itertools.chain.from_iterable(
+                map(self.ids.__getitem__, ranks))
         return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -889,68 +931,28 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
         yield number, value
 
 
-def read_sentencepiece(files: dict[str, bytes]) -> SentencePiece:
+def read_sentencepiece(files: Files) -> SentencePiece:
     """Read a tokenizer.model (sentencepiece_model.proto's ModelProto, as far as it matters here)
     and the tokens that tokenizer_config.json adds to it."""
     pieces, parts = [], {2: {}, 3: {}}                      # 2 trainer, 3 normalizer
     for number, value in protobuf_fields(files["tokenizer.model"]):
-        fields = dict(protobuf_fields(value))
+        parts[number] = fields = dict(protobuf_fields(value))
         if number == 1:                                     # pieces: 1 text, 2 score, 3 type
             score = np.frombuffer(fields.get(2, bytes(4)), "<f4")[0]
             pieces.append((fields[1].decode(), score, fields.get(3, NORMAL)))
-        else:
-            parts[number] = fields
     refuse([name for part, number, default, needed, name in SUPPORTED
             if parts[part].get(number, default) != needed]
            + ["unused pieces"] * any(kind == UNUSED for _, _, kind in pieces))
-    eos, bos = (parts[2].get(number, number - 40) for number in (42, 41))       # by default 2, 1
-    eos, bos = (pieces[i][0] if i < len(pieces) else None for i in (eos, bos))
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    added = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    for i, token in sorted(added.items()):
+    for i, token in config_of(files).get("added_tokens_decoder", {}).items():
         text = token["content"].replace(" ", SPACE)
-        if i == len(pieces):
+        if int(i) == len(pieces):
             pieces.append((text, 0, CONTROL if token["special"] else USER_DEFINED))
-        elif i > len(pieces) or pieces[i][0] != text:
+        if pieces[int(i)][0] != text:
             raise ValueError(f"tokenizer_config.json says that {text!r} is {i}; it is not")
-    ids = {text: i for i, (text, _, _) in enumerate(pieces)}
-    return sentencepiece_tokenizer(pieces, files, read_roles(files, ids, eos, bos, True))
-
-
-def sentencepiece_tokenizer(vocabulary: list[tuple[str, float, int]], files: dict[str, bytes],
-                            roles: dict[str, Any]) -> SentencePiece:
-    """vocabulary: (text, score, type) by id.
-
-    SentencePiece merges characters, the best score first, and spells what it does not know in
-    bytes; tiktoken merges bytes, the lowest rank first. They agree when the ranks are, in order:
-    the 256 bytes; the first bytes of the vocabulary's multi-byte characters; those characters; the
-    other pieces by score. Runs of SPACE share one score in Llama-2, and SentencePiece then merges
-    leftmost first, which is the same as longest first. At the end, ranks become ids.
-    """
-    of_kind = {kind: {text: i for i, (text, _, k) in enumerate(vocabulary) if k == kind}
-               for kind in (NORMAL, USER_DEFINED, BYTE)}
-    normal, spelled = of_kind[NORMAL], [i for _, i in sorted(of_kind[BYTE].items())]
-    refuse({"a space after another character" for text in normal if SPACE in text.lstrip(SPACE)})
-    characters = sorted(text.encode() for text in normal if len(text) == 1)
-    starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
-    merged = sorted((text for text in normal if len(text) > 1),
-                    key=lambda text: (-vocabulary[normal[text]][1], -len(text)))
-    tokens = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:]),
-              *(text.encode() for text in merged)]
-    # No piece has SPACE after another character, so no merge crosses the border before it.
-    pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
-    # tiktoken looks a whole word up before it merges, and so finds even a piece that no merges
-    # lead to. Such pieces, which fall apart when a NUL follows, get no rank.
-    trial = Tokenizer([], {token: i for i, token in enumerate(tokens)}, pattern, {}, 0)
-    lost = {text.encode() for text in merged if len(trial.encode(text + "\0")) > 2}
-    tokens = [token for token in tokens if token not in lost]
-    pieces = [b"" if kind in (UNKNOWN, CONTROL) else bytes([int(text[3:5], 16)])
-              if kind == BYTE else text.replace(SPACE, " ").encode()
-              for text, _, kind in vocabulary]
-    id_of = {text.encode(): (i,) for text, i in normal.items()}
-    ids = [id_of.get(token) or tuple(spelled[b] for b in token) for token in tokens]
-    return SentencePiece(pieces, {token: i for i, token in enumerate(tokens)}, pattern, files,
-                         **roles, ids=ids, fixed=of_kind[USER_DEFINED])
+    names = {i: text for i, (text, _, _) in enumerate(pieces)}
+    ids = {text: i for i, text in names.items()}
+    eos, bos = (names.get(parts[2].get(number, number - 40)) for number in (42, 41))
+    return SentencePiece(pieces, files, *read_roles(files, ids, eos, bos, True))
 
 
 READERS = {"tokenizer.model": read_sentencepiece,           # the first that a folder has is taken
@@ -983,7 +985,7 @@ def fetch(task: str, out: str | Path) -> None:
         raise ValueError(f"unknown task {task!r}: expected all or one of {', '.join(BENCHMARKS)}")
     for name in BENCHMARKS if task == "all" else [task]:
         path, config, *splits = BENCHMARKS[name]
-        place: dict[str, Any] = {"name": None if config == "default" else config}
+        place: dict = {"name": None if config == "default" else config}
         if name == "logiqa":        # a program, which datasets no longer runs: the Hub's conversion
             place = {"data_dir": config, "revision": "refs/convert/parquet"}
         for split in splits:

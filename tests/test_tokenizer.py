@@ -274,6 +274,12 @@ def test_codellama_extra_pieces_give_sentencepiece_tokens(small_model, kind):
     assert_same(with_pieces(small_model, codellama_pieces(kind)), hard_texts(300))
 
 
+def test_pieces_that_are_cut_out_of_a_text_make_another_vocabulary(small_model):
+    hashes = {read_model(with_pieces(small_model, codellama_pieces(kind))).sha256
+              for kind in (data.NORMAL, data.USER_DEFINED, data.CONTROL)}
+    assert len(hashes) == 3, "tokenizers that encode a text otherwise have one identity"
+
+
 @needs_llama2
 @pytest.mark.parametrize("kind", [None, data.NORMAL, data.USER_DEFINED])
 def test_llama2_gives_sentencepiece_tokens(kind):
