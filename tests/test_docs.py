@@ -336,6 +336,14 @@ def test_the_readme_is_short_and_names_what_exists():
     assert {"test", *re.findall(r"extra `(\w+)`", text)} <= extras
 
 
+@pytest.mark.slow
+def test_no_page_waits_for_figures():
+    waiting = [f"{page.name}: {line}" for page in PAGES for line in page.read_text().splitlines()
+               if "TODO" in line]
+    assert not waiting, "these lines wait for figures: measure them, or take the rows out:\n" + (
+        "\n".join(waiting))
+
+
 if __name__ == "__main__":
     def corrected(match: re.Match) -> str:
         start, end = line_range(match[2], match[1])
