@@ -54,8 +54,9 @@ def test_one_layer_adds_up_to_the_model():
     parameters = dict(model.named_parameters())
     C, D, F, H = config.hidden_size, config.head_dim, config.intermediate_size, 12
     assert (config.num_attention_heads, config.num_key_value_heads) == (H, H)
-    results = {"input_layernorm": f"(T, {C})", "q_proj": f"(T, {H}, {D})", "k_proj": f"(T, {H}, {D})",
-               "v_proj": f"(T, {H}, {D})", "o_proj": f"(T, {C})", "gate_proj": f"(T, {F})",
+    heads = f"(T, {H}, {D})"
+    results = {"input_layernorm": f"(T, {C})", "q_proj": heads, "k_proj": heads, "v_proj": heads,
+               "o_proj": f"(T, {C})", "gate_proj": f"(T, {F})",
                "post_attention_layernorm": f"(T, {C})", "up_proj": f"(T, {F})",
                "down_proj": f"(T, {C})"}
     layer = {name.split(".")[-2]: parameter for name, parameter in parameters.items()
@@ -92,7 +93,8 @@ def test_the_round_of_the_picture_moves_the_caches_as_it_says():
     """The target's own next tokens are d1 and d2, and d3 is another one, so n = 2."""
     config = ModelConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64)
-    target, draft, G, greedy = Transformer(config, seed=0), Transformer(config, seed=1), 4, Sampling()
+    target, draft = Transformer(config, seed=0), Transformer(config, seed=1)
+    G, greedy = 4, Sampling()
     text, positions = torch.tensor([[5, 6, 7, 8, 9]]), {}
     caches = [Cache(config, 1, 32) for _ in range(2)]
     with torch.no_grad():
@@ -224,7 +226,8 @@ def test_the_recipe_in_three_versions():
         assert rows[f"rows of a {stage} step"] == [str(says[0]), str(actual), str(ours.rows)]
         assert rows[f"{stage} steps"] == ["", f"{steps:,}", f"{ours.steps:,}"]
         assert rows[f"{stage} tokens"] == [f"{says[1]}B"] + [
-            f"{tokens / 1e9:.1f}B" for tokens in (steps * actual * 2048, ours.steps * ours.batch_tokens)]
+            f"{tokens / 1e9:.1f}B"
+            for tokens in (steps * actual * 2048, ours.steps * ours.batch_tokens)]
         assert ours.weight_decay == 0.1
 
 

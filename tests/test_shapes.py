@@ -284,7 +284,8 @@ def run_oracle(source: str | None = None) -> Traced:
     T, V, G = (SIZES[letter] for letter in "TVG")
     weights = model.Transformer(config()).state_dict()
     tokens, generator = np.arange(T), np.random.default_rng(0)
-    logits = traced.module.forward({name: w.numpy() for name, w in weights.items()}, config(), tokens)
+    weights = {name: weight.numpy() for name, weight in weights.items()}
+    logits = traced.module.forward(weights, config(), tokens)
     traced.module.loss(logits, tokens)
     p, q = generator.dirichlet(np.ones(V), G + 1), generator.dirichlet(np.ones(V), G)
     traced.module.verify(p, q, np.arange(G), generator.random(G), 0.5)
