@@ -6,14 +6,15 @@ is one run of the loop with one `TrainConfig`. Without a flag, `python train.py`
 pair on the Python that runs it: a draft on general text and then on code, as AMD-135M was, and a
 target that is grown from it.
 
-Letters: B rows of a micro-batch, T tokens of a row, C width, V vocabulary, L layers.
+Letters: R processes, M micro-batches of each in a step, B rows of a micro-batch, T tokens of a row,
+C width, V vocabulary.
 
     python train.py                                             # the demo
     python train.py amd-135m --data out/pretrain --compile      # AMD-135M's recipe, on one GPU
     torchrun --nproc-per-node 8 train.py amd-135m --data out/pretrain --compile
 
 References: Loshchilov & Hutter 2019 (AdamW); 2017 (cosine); Pascanu et al. 2013 (clipping); Gong et
-al. 2019 (progressive stacking); Chowdhery et al. 2022, appendix B (MFU); AMD-135M's published code.
+al. 2019 (progressive stacking); AMD-135M's published code.
 """
 import argparse
 import io

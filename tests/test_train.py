@@ -123,7 +123,7 @@ def test_clipping_is_the_oracles(limit):
 @pytest.mark.parametrize("limit", (0.05, 50.0))
 def test_steps_are_the_oracles_clipping_and_adamw(place, tmp_path, limit):
     """The whole loop, in micro-batches of 2, beside NumPy in float64 that shares only gradients."""
-    train.main(flags(place, tmp_path, steps=3, lr=1e-3, min_lr=1e-3, warmup=0, micro_batch=2,
+    train.main(flags(place, tmp_path, steps=3, lr=1e-3, min_lr=1e-4, warmup=0, micro_batch=2,
                      clip=limit))
     twin = load_checkpoint(place / "init").double()
     loader = data.Loader(data.Corpus(place / "data"), BLOCK, ROWS, 0)
@@ -140,7 +140,8 @@ def test_steps_are_the_oracles_clipping_and_adamw(place, tmp_path, limit):
             f"step {step}: norm {line['grad_norm']}, oracle {norm}"
         for i, (p, slope) in enumerate(zip(twin.parameters(), slopes)):
             value, *moments[i] = oracle.adamw_step(
-                p.detach().numpy(), slope, *moments[i], step, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+                p.detach().numpy(), slope, *moments[i], step,
+                oracle.lr_at(step - 1, 1e-3, 1e-4, 0, 3), 0.9, 0.95, 1e-8, 0.1)
             p.data = torch.from_numpy(value)
     for name, value in weights(tmp_path).items():
         # Adam divides by the gradient's size, so float32's noise in tiny ones shows: 1e-5.
