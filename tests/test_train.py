@@ -226,7 +226,7 @@ def test_the_first_steps_compilation_is_not_in_the_rate(place, tmp_path, monkeyp
     train.main(flags(place, tmp_path, steps=4, warmup=0, log_every=100))
     first, last = metrics(tmp_path)
     assert first["step"] == 1 and "tokens_per_s" not in first, "the first step compiles"
-    assert last["tokens_per_s"] > ROWS * BLOCK, "the rate counts the first step's time"
+    assert last["tokens_per_s"] > 3 * ROWS * BLOCK, "the rate counts the first step's time"
 
 
 def validate(place, **changes) -> float:
