@@ -66,9 +66,9 @@ class ModelConfig:
 # The demo's pair, small enough for two CPU cores. Its draft has one layer. Its target starts as
 # that trained draft with layers added (`grow` in train.py), so the two agree on many tokens.
 DEMO = ModelConfig(
-    vocab_size=4096, hidden_size=192, intermediate_size=576, num_hidden_layers=1,
+    vocab_size=2048, hidden_size=192, intermediate_size=576, num_hidden_layers=1,
     num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=256,
-    bos_token_id=None, eos_token_id=4095)
+    bos_token_id=None, eos_token_id=2047)
 
 PRESETS = {
     "amd-135m": ModelConfig(),

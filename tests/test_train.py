@@ -197,6 +197,25 @@ def test_amds_recipe_sees_670_billion_tokens():
             assert config.rows % (config.micro_batch * world) == 0, f"{config.name} on {world}"
 
 
+def test_frozen_layers_stay_and_the_others_learn_also_after_a_resume(place, tmp_path, monkeypatch):
+    """A target that is grown from its draft: the draft's weights are in it bit by bit."""
+    small = load_checkpoint(place / "init")
+    monkeypatch.setitem(train.PRESETS, "deep", replace(small.config, num_hidden_layers=3))
+    grown = {"preset": "deep", "freeze": 1}
+    train.main(flags(place, tmp_path / "straight", **grown))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 10)
+        run(flags(place, tmp_path / "cut", **grown), 128 + signal.SIGTERM)
+    train.main([*flags(place, tmp_path / "cut", **grown), "--resume"])
+    trained = weights(tmp_path / "straight")
+    assert_same(trained, weights(tmp_path / "cut"), "10 + resume + 10 steps are not 20 steps")
+    for name, value in small.named_parameters():
+        assert torch.equal(trained[name], value), f"{name} is frozen and has changed"
+    still = [name for name in trained if name.startswith(("model.layers.1", "model.layers.2"))
+             and (trained[name] == 0).all() or trained[name].isnan().any()]
+    assert not still, f"{still} did not learn"
+
+
 # ------------------------------------------------------------------------- logs and validation
 
 def test_accumulation_changes_neither_losses_nor_weights(place, straight, tmp_path):
