@@ -112,7 +112,7 @@ DEMO = TrainConfig(name="demo-draft", init="{out}/demo-draft-base", data="{out}/
                    val_tokens=2**14, save_every=100, sample="def ")
 RECIPES = {"demo": (
     replace(DEMO, name="demo-draft-base", init="", mix="general", steps=100), DEMO,
-    replace(DEMO, name="demo-target", init="{out}/demo-draft", preset="demo-target", steps=120,
+    replace(DEMO, name="demo-target", init="{out}/demo-draft", preset="demo-target", steps=100,
             freeze=1, lr=1e-3, min_lr=1e-4)),
     "amd-135m": (AMD,), "amd-135m-code": (AMD_CODE,)}
 

@@ -463,6 +463,23 @@ def test_a_crash_at_any_system_call_of_a_save_leaves_one_whole_checkpoint(place,
     assert number > 10, f"a save touched the disk only {number} times: does it sync at all?"
 
 
+def test_every_file_is_on_the_disk_before_the_folder_gets_its_name(place, tmp_path, monkeypatch):
+    synced, unsynced, fsync, rename = set(), [], os.fsync, Path.rename
+
+    def record(handle):
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def check(path, target):
+        unsynced.extend(f.name for f in path.iterdir() if f.stat().st_ino not in synced)
+        return rename(path, target)
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "rename", check)
+    train.main(flags(place, tmp_path))
+    assert not unsynced, f"a power cut would empty {unsynced}"
+    assert (tmp_path / "m").stat().st_ino in synced, "a power cut would undo the renaming"
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(place, tmp_path, monkeypatch, capsys):
     real = data.write_whole
 
