@@ -161,8 +161,8 @@ def score(model: Transformer, requests: list[Request], title: str = "") -> list[
 
 # -------------------------------------------------------------------------- log p becomes a score
 
-def grade(questions: list[Question], scores: list[Score]) -> tuple[dict, list]:
-    """A task's scores, the figures to compare them with, and one record a row.
+def grade(questions: list[Question], scores: list[Score]) -> tuple:
+    """(a task's scores and the figures to compare them with, one record a row).
 
     acc takes the likeliest choice. A longer choice is less likely, so acc_norm divides log p by the
     number of characters: "ice" with -9.0 / 3 loses to "a big fire" with -12.0 / 10.
@@ -178,7 +178,9 @@ def grade(questions: list[Question], scores: list[Score]) -> tuple[dict, list]:
                      "acc_norm": int(valid and per_character.argmax() == gold)})
     right = Counter(question.answers[question.gold] for question in questions)
     result = {"n": n, "chance": sum(1 / len(x.answers) for x in questions if x.answers[1:]) / n,
-              "best_constant": max(right.values()) / n,     # one text as the answer to every row
+              # What one text as the answer to every row would score; and the text that the model
+              # did give as its answer to every row, if it is only one.
+              "best_constant": max(right.values()) / n,
               "always": picks.pop() if len(picks) == 1 < n else ""}
     for metric in ("acc", "acc_norm"):
         result[metric], result[f"{metric}_stderr"] = mean_and_error(
@@ -186,7 +188,7 @@ def grade(questions: list[Question], scores: list[Score]) -> tuple[dict, list]:
     return result, rows
 
 
-def mean_and_error(values: list[float], groups: list[str] | None = None) -> tuple[float, float]:
+def mean_and_error(values: list[float], groups: list | None = None) -> tuple[float, float]:
     """A mean and its standard error, sqrt(sum (x - mean)^2 / (n - 1) / n).
 
     With groups (MMLU's subjects) each x is compared with the mean of its own group, and n - 1
@@ -261,7 +263,7 @@ def completion(tokens: list[int], tokenizer: Tokenizer, amd: bool) -> str:
     if amd:
         return amd_cut(tokenizer.decode(tokens) + "</s>" * (tokens[-1] == tokenizer.eos_id))
     # As bytes: decode() would drop the space that a text of SentencePiece begins with.
-    return STOP.split(tokenizer.decode_bytes(tokens).decode("utf-8", "replace"), maxsplit=1)[0]
+    return STOP.split(tokenizer.decode_bytes(tokens).decode("utf-8", "replace"))[0]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -437,6 +439,7 @@ def held_out(folder: str) -> dict:
     return texts
 
 
+# amd is AMD's acc; cut counts the requests that lost their beginning; ppl is a perplexity.
 TEXT_COLUMNS = "documents bytes bits_per_byte word_ppl"
 TASK_COLUMNS = "acc acc_stderr amd acc_norm ppl chance best_constant n cut always"
 
@@ -512,6 +515,8 @@ def judge(problems: list, programs: list, samples: int, caged: bool) -> tuple:
     return passed, rates
 
 
+# acceptance is accepted / drafted over all programs, speedup the ratio of tokens_per_s, in which
+# the time to read the prompt counts.
 COLUMNS = {"amd": "pass@1 pass@1_stderr AMD's-pass@1 acceptance AMD's-accept. tokens_per_s speedup "
                   "AMD's-speedup",
            "openai": "pass@1 pass@1_stderr acceptance tokens_per_s speedup"}
@@ -534,11 +539,13 @@ def run_humaneval(args, *place) -> None:
         jobs = problems * samples
         texts = [ONE_SHOT * amd + prompt for prompt, *_ in jobs]
         prompts = [tokenizer.prompt(text) for text in texts]
-        for way, draft in drafts.items():
-            decoder = Decoder(target, draft, args.gamma, graphs=args.graphs, **sampling,
-                              length=max(map(len, prompts)) + args.max_new_tokens)
+        # Both before the first program is written: they refuse settings that cannot be.
+        decoders = [Decoder(target, draft, args.gamma, graphs=args.graphs, **sampling,
+                            length=max(map(len, prompts)) + args.max_new_tokens)
+                    for draft in drafts.values()]
+        for way, decoder in zip(drafts, decoders):
             programs, stats = write_programs(decoder, prompts, tokenizer, args)
-            plain = stats if draft is None else plain
+            plain = stats if way == "alone" else plain
             result = {"n": len(jobs), "sha256": fingerprint(texts),
                       "tokens_per_s": stats.tokens_per_s, "acceptance": stats.accepted_per_drafted,
                       "speedup": stats.tokens_per_s / plain.tokens_per_s}

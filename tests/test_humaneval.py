@@ -333,6 +333,17 @@ def test_uncaged_runs_are_asked_for(folder, writer, monkeypatch):
     assert not any(caged) and caged
 
 
+@pytest.mark.parametrize("words, complaint", [
+    (["--graphs", "--gamma", "4"], "graphs are for a GPU"),
+    (["--gamma", "600"], "gamma is 600: expected auto, or 1 to 512")])
+def test_settings_that_cannot_be_are_refused_before_anything_is_written(words, complaint, folder,
+                                                                        capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "write_programs", lambda *_: pytest.fail("it began"))
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(argv(folder, *words))
+    assert ended.value.code == 2 and complaint in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [
     b"", b"no gzip", gzip.compress(b""), gzip.compress(b"{"), gzip.compress(b"[1]"),
     gzip.compress(b"[1]")[:10] + b"\xff" * 20,
