@@ -276,6 +276,7 @@ def test_amds_figures_stand_beside_ours_by_amds_protocol_alone(folder, writer, m
     assert "AMD's-speedup" not in table["greedy speculative"], "it is of another draft length"
     evaluate.main(argv(folder, *run, "--protocol", "openai"))
     assert "AMD" not in capsys.readouterr().out
+    assert "AMD" not in (folder / "run.json").read_text(), "another protocol's figures stand there"
 
 
 def test_the_table_of_amds_figures_is_the_published_one():
