@@ -20,7 +20,10 @@ import evaluate
 
 CHECK = "def check(candidate):\n    assert candidate() == 1\n"
 RIGHT = "def f():\n    return 1\n"
-CAGED = evaluate.run_program(RIGHT, CHECK, "f")
+# Whether bubblewrap works at all here: if it does, evaluate.py's use of it has to work, too.
+CAGED = bool(shutil.which("bwrap")) and subprocess.run(
+    ["bwrap", "--unshare-pid", "--unshare-net", "--ro-bind", "/", "/", "true"],
+    stderr=subprocess.DEVNULL).returncode == 0
 needs_cage = pytest.mark.skipif(not CAGED, reason="bubblewrap is not installed or may not make "
                                 "namespaces here: apt-get install bubblewrap")
 needs_data = pytest.mark.skipif("EVAL_DATA" not in os.environ, reason="EVAL_DATA is not set: the "
@@ -257,6 +260,19 @@ def test_no_attack_reaches_a_socket_of_this_machine(path, survivors):
 
 
 @needs_cage
+def test_no_shared_memory_outlives_the_cage(survivors):
+    segments = Path("/proc/sysvipc/shm").read_text()
+    attack(HARMLESS["shared memory"], survivors)
+    assert Path("/proc/sysvipc/shm").read_text() == segments, "a segment was left on this machine"
+
+
+@needs_cage
+def test_a_program_in_the_cage_has_a_session_of_its_own():
+    program = "import os\ndef f():\n    return int(os.getsid(0) > 0)"      # 0: one from outside
+    assert evaluate.run_program(program, CHECK, "f"), "it could type into the user's terminal"
+
+
+@needs_cage
 def test_attacks_side_by_side_do_not_change_each_other(survivors):
     programs = [ATTACKS["a file of 100 MB"], ATTACKS["an infinite loop"], RIGHT, RIGHT]
     with ThreadPoolExecutor(4) as pool:
@@ -283,6 +299,7 @@ def test_nothing_is_left_on_the_disk(tmp_path, monkeypatch):
     "def f():\n    return 1 \\",
     "def f():\n    print('x' * 10**7, flush=True)\n    return 1",
     "def f():\n    open('a', 'w').write('b')\n    return 1",
+    "def f():\n    try:\n        input()\n    except EOFError:\n        return 1",
 ])
 def test_what_right_programs_need_is_there(program):
     assert evaluate.run_program(program, CHECK, "f")
@@ -341,6 +358,15 @@ def test_a_python_that_needs_a_library_path_runs(tmp_path, monkeypatch):
         f"import os\ndef f():\n    return int(os.path.exists({str(tmp_path / 'lib' / 'marker')!r})"
         f" and os.environ['LD_LIBRARY_PATH'] == {str(tmp_path / 'lib') + ':'!r})", CHECK, "f")
     evaluate.check_cage(True)
+
+
+@needs_cage
+def test_what_is_mounted_cannot_be_written_even_by_its_owner(tmp_path, monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    tmp_path.chmod(0o777)
+    assert not evaluate.run_program(
+        f"def f():\n    open({str(tmp_path / 'new')!r}, 'w')\n    return 1", CHECK, "f")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_program_that_could_not_be_started_is_not_counted_as_wrong(monkeypatch):
