@@ -314,8 +314,8 @@ class Run:
         require(math.isfinite(loss + norm),
                 f"the loss or the gradient of a step from {self.logged + 1} to {step} is not finite"
                 f": {data.checkpoint_folder(self.folder)} is good; look at the data, or lower --lr")
-        entry = {"step": step, "loss": loss / steps, "grad_norm": norm,
-                 "lr": learning_rate(step - 1, config)}
+        entry = {"step": step, "tokens": step * config.batch_tokens, "loss": loss / steps,
+                 "grad_norm": norm, "lr": learning_rate(step - 1, config)}
         if step > self.first + 1:                           # the first step of a run compiles
             seconds = (time.perf_counter() - self.since) / steps
             entry["tokens_per_s"] = round(config.batch_tokens / seconds)

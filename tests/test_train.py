@@ -224,6 +224,12 @@ def test_accumulation_changes_neither_losses_nor_weights(place, straight, tmp_pa
     assert error < 1e-6, f"losses with micro-batches of 2 are {error:.1e} off those of 8"
 
 
+def test_metrics_count_the_tokens_of_all_steps(straight):
+    """benchmarks/plot.py draws the curves against them."""
+    assert [row["tokens"] for row in metrics(straight)] == [
+        row["step"] * ROWS * BLOCK for row in metrics(straight)]
+
+
 def test_the_logged_loss_is_the_mean_since_the_last_log(place, straight, tmp_path):
     train.main(flags(place, tmp_path, log_every=4, micro_batch=2))
     each, before = losses(straight), 0
