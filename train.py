@@ -105,10 +105,10 @@ AMD_CODE = TrainConfig(name="amd-135m-code", init="{out}/amd-135m", batch_tokens
 # different text in a batch; the longer context still works); a vocabulary of 2048, as the head is
 # most of a small draft; and a target that keeps its draft's weights and trains only the layers that
 # it adds. In 100 steps, it gained 2.5 times as much on its draft as one that trained all of its
-# layers, and the two agreed on 0.83 of the greedy tokens rather than 0.73.
+# layers (0.0117 beside 0.0046 bits per byte), and it agrees with its draft more often.
 DEMO = TrainConfig(name="demo-draft", init="{out}/demo-draft-base", data="{out}/data-demo",
                    mix="code", preset="demo-draft", block=128, batch_tokens=2048, micro_batch=16,
-                   steps=900, warmup=20, lr=3e-3, min_lr=3e-4, log_every=25, val_every=100,
+                   steps=600, warmup=20, lr=3e-3, min_lr=3e-4, log_every=25, val_every=100,
                    val_tokens=2**14, save_every=100, sample="def ")
 RECIPES = {"demo": (
     replace(DEMO, name="demo-draft-base", init="", mix="general", sample="", steps=100), DEMO,
