@@ -1,8 +1,14 @@
 """What several test files share: a model small enough to be exact about."""
+import signal
+
 import pytest
 import torch
 
 from model import ModelConfig, Transformer
+
+# A runner that was started in the background ignores Ctrl-C, and the programs that the tests start
+# and interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
