@@ -54,9 +54,10 @@ class ModelConfig:
 
     def __post_init__(self):
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if C % (2 * H) or H % K:            # RoPE pairs the channels of a head
-            raise ValueError(f"hidden_size {C} must be an even multiple of num_attention_heads "
-                             f"{H}, and that a multiple of num_key_value_heads {K}")
+        # RoPE pairs the channels of a head. A damaged file could ask for any number of layers.
+        if C % (2 * H) or H % K or self.num_hidden_layers > 999:
+            raise ValueError(f"hidden_size {C} must be an even multiple of num_attention_heads {H}"
+                             f", and that a multiple of num_key_value_heads {K}, in < 1000 layers")
 
     @property
     def head_dim(self) -> int:
@@ -108,7 +109,7 @@ class Linear(nn.Linear):
     def __init__(self, size_in: int, size_out: int):
         super().__init__(size_in, size_out, bias=False)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self):
         pass
 
 
@@ -378,8 +379,7 @@ def resolve_device(name: str | None = None) -> torch.device:
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} is not there: expected cpu or, with a GPU, cuda; leave "
-                         "--device out to take the best one") from None
+        raise ValueError(f"device {name!r} is not there: expected cpu, or cuda with a GPU") from None
 
 
 # ------------------------------------------------------------------------- a checkpoint's folder

@@ -254,6 +254,7 @@ def test_the_same_seed_gives_the_same_weights():
     ({"hidden_size": 780}, "hidden_size 780 must be"),      # heads of 65: no pairs for RoPE
     ({"num_key_value_heads": 5}, "num_attention_heads 12, and that a multiple of "
                                  "num_key_value_heads 5"),
+    ({"num_hidden_layers": 2**63}, "in < 1000 layers"),
 ])
 def test_impossible_shapes_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message) as refusal:
