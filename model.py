@@ -379,7 +379,7 @@ def resolve_device(name: str | None = None) -> torch.device:
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} is not there: expected cpu, or cuda with a GPU") from None
+        raise ValueError(f"device {name!r} is not there: expected cpu or cuda") from None
 
 
 # ------------------------------------------------------------------------- a checkpoint's folder
