@@ -6,7 +6,7 @@
 2.  A *source* is a named set of files with documents. A hash of each document decides whether it is
     trained on or held out.
 3.  `prepare` writes the tokens of all documents, one after another, into one file for each source
-    and split, with an end-of-text token behind each document.
+    and split, with an end-of-text token after each document.
 4.  `Loader` cuts these files into blocks of T + 1 tokens and deals them out in a random order.
 
     two documents           "the cat sat"    "a mat"
@@ -34,7 +34,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import signal
@@ -43,14 +42,15 @@ import sysconfig
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import filelock  # torch depends on it
 import numpy as np
 import regex  # tiktoken depends on it: the same syntax of patterns, \p{L} included
 import tiktoken
@@ -58,7 +58,6 @@ import tiktoken
 # ------------------------------------------------------------------------------ tokenizer
 
 END = "<|endoftext|>"
-Files = dict[str, bytes]                                   # name -> content
 
 # The pattern that cuts a text into words before anything is merged: no token reaches from one word
 # into the next. As in GPT-4, a word takes the one character before it along (mostly a space) and
@@ -83,7 +82,7 @@ class Tokenizer:
     pieces: list[bytes]             # the bytes that each id stands for, none for special tokens
     ranks: dict[bytes, int]         # what merging makes -> the order in which it does
     pattern: str
-    files: Files                    # what it was read from, for saving it again
+    files: dict[str, bytes]         # what it was read from, by name, for saving it again
     eos_id: int                     # ends a text
     bos_id: int | None = None       # begins a text, if there is such a token
     add_bos: bool = False           # whether it stands in front of a prompt
@@ -115,7 +114,7 @@ class Tokenizer:
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
         """The bytes of some tokens; none for ids with which a model's table was padded."""
-        return b"".join([self.pieces[token] for token in tokens if token < len(self.pieces)])
+        return b"".join([self.pieces[token] for token in tokens if token < self.n_vocab])
 
     def decode(self, tokens: Iterable[int]) -> str:
         """A whole text. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
@@ -218,7 +217,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 # ------------------------------------------------------------------------------ documents
 
-SPLITS = ("train", "val")
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 # Sources that need no path: text that is there with any Python (docstrings, and source code), and
@@ -226,16 +224,6 @@ LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 READY = {"general": str(LIBRARY), "code": str(LIBRARY),
          "slimpajama": "hub:cerebras/SlimPajama-627B", "gutenberg": "hub:manu/project_gutenberg",
          "starcoder-python": "hub:bigcode/starcoderdata"}
-HUB_FOLDER = {"starcoder-python": "python"}                 # the part of a data set that AMD took
-LEFT_OUT = {"slimpajama": lambda row: row["meta"]["redpajama_set_name"] == "RedPajamaBook"}
-
-
-class Record(NamedTuple):
-    """One document as it lies in its file."""
-
-    line: int                       # in the span that it was read from, for messages
-    row: dict | bytes     # fields, or UTF-8: a line of JSON, or the text itself
-    key: str = ""                   # what decides its split, if not its text
 
 
 class Span(NamedTuple):
@@ -246,8 +234,18 @@ class Span(NamedTuple):
     stop: int
 
 
-Part = tuple[str, list[Span]]                               # of a source
-Found = dict[str, dict[str, list[int]]]                     # source: {file: [size, last change]}
+class Part(NamedTuple):
+    """A share of the work on a source."""
+
+    source: str
+    spans: list[Span]
+
+
+class Record(NamedTuple):
+    """A document as it lies in its file."""
+
+    line: int                       # in its span, from 1
+    row: dict | bytes               # a table's fields; or UTF-8, a line of JSON or the text itself
 
 
 def is_validation(key: str, fraction: float) -> bool:
@@ -259,6 +257,13 @@ def is_validation(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
+def split_key(text: str, span: Span) -> str:
+    """What is hashed: the text, but for a module of Python's library its name. A module that is
+    held out is then so in both sources, and its docstrings are in no training text."""
+    file = Path(span.file)
+    return str(file.relative_to(LIBRARY)) if LIBRARY in file.parents else text
+
+
 def text_of(record: Record, source: str, span: Span, field: str | None) -> str:
     """The record's text, "" if its source leaves it out; ValueError says why there is none."""
     fields, row, line = [field] if field else ["text", "content"], record.row, record.line
@@ -266,8 +271,8 @@ def text_of(record: Record, source: str, span: Span, field: str | None) -> str:
         if isinstance(row, bytes):
             row = row.decode()
             row = {fields[0]: row} if span.file.endswith(PLAIN) else json.loads(row)
-        if source in LEFT_OUT and LEFT_OUT[source](row):
-            return ""
+        if source == "slimpajama" and row["meta"]["redpajama_set_name"] == "RedPajamaBook":
+            return ""               # AMD took SlimPajama without its books
         text = next(row[name] for name in fields if name in row)
         text.encode()               # fails for half of a surrogate pair, which JSON can spell
         return text
@@ -279,18 +284,37 @@ def text_of(record: Record, source: str, span: Span, field: str | None) -> str:
     raise ValueError(f"{span.file}, line {line + lines_before(span)}: {reason}")
 
 
+def documents(part: Part, field: str | None, max_bad: int = 0) -> Iterator[tuple[str, str]]:
+    """The texts of a part, each with the key that decides its split. Records without text are
+    skipped, each with a message, and more than `max_bad` of them are an error."""
+    bad = 0
+    for span in part.spans:
+        for record in read(part.source, span, field):
+            try:
+                if text := text_of(record, part.source, span, field):
+                    yield text, split_key(text, span)
+            except ValueError as error:
+                bad += 1
+                if bad > max_bad:
+                    raise ValueError(f"{error}; no more than {max_bad} bad records are skipped "
+                                     "in a part of a source: mend them") from None
+                print(f"skipped {error}", file=sys.stderr)
+
+
 def texts(sources: Iterable[str], field: str | None = None) -> Iterator[str]:
     """All texts of the sources, one after another, for train_bpe."""
-    for name, spans in cut_parts(dict(find(source, Counter()) for source in sources)):
-        for span in spans:
-            for record in read(name, span, field):
-                yield text_of(record, name, span, field)
+    for part in cut_parts(dict(find(source, Counter()) for source in sources)):
+        yield from (text for text, _ in documents(part, field))
 
 
 # ------------------------------------------------------------------------------ preparing
 
-def part_file(folder: Path, part: int, kind: str) -> Path:
-    return folder / "parts" / f"{part:06}.{kind}"
+SPLITS = ("train", "val")
+MAX_BAD = 100                       # records without text that a part may have
+
+
+def part_file(folder: Path, number: int, split: str) -> Path:
+    return folder / "parts" / f"{number:06}.{split}"
 
 
 @functools.lru_cache(1)             # each worker reads it once
@@ -298,40 +322,29 @@ def worker_tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def encode_part(folder: Path, val_fraction: float, field: str | None, max_bad: int, part: int,
-                source: str, spans: list[Span]) -> int:
-    """Write the tokens of a part of a source and return their number: the work of one process.
+def encode_part(folder: Path, val_fraction: float, field: str | None, number: int,
+                part: Part) -> int:
+    """Write the tokens of a part and return how many: the work of one process.
 
-    Messages about records without text are written last: a part that has them is complete.
+    The file of the train split gets its name last: a part that has it is complete.
     """
-    tokenizer, size, bad = worker_tokenizer(folder), 0, []
-    records = ((span, record) for span in spans for record in read(source, span, field))
-    with (whole_file(part_file(folder, part, "train")) as train,
-          whole_file(part_file(folder, part, "val")) as val):
-        for span, record in records:
-            try:
-                text = text_of(record, source, span, field)
-            except ValueError as error:
-                print(f"skipped {error}", file=sys.stderr)
-                bad.append(f"{error}\n")
-                check_bad(bad, max_bad)
-                continue
-            if text:
-                tokens = [*tokenizer.encode(text), tokenizer.eos_id]
-                file = val if is_validation(record.key or text, val_fraction) else train
-                file.write(np.array(tokens, tokenizer.dtype).tobytes())
-                size += len(tokens)
-    write_whole(part_file(folder, part, "bad"), map(str.encode, bad))
+    tokenizer, size = worker_tokenizer(folder), 0
+    with (whole_file(part_file(folder, number, "train")) as train,
+          whole_file(part_file(folder, number, "val")) as val):
+        for text, key in documents(part, field, MAX_BAD):
+            tokens = [*tokenizer.encode(text), tokenizer.eos_id]
+            file = val if is_validation(key, val_fraction) else train
+            file.write(np.array(tokens, tokenizer.dtype).tobytes())
+            size += len(tokens)
     return size
 
 
 def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
-            val_fraction: float = 0.05, field: str | None = None, max_bad: int = 100) -> None:
+            val_fraction: float = 0.05, field: str | None = None) -> None:
     """Tokenize sources into the folder `out`. After an interruption, the same call goes on.
 
     sources: as on the command line, NAME=PATH or NAME. val_fraction: the share of documents that
-    is held out. field: where a row has its text, if not in "text" or "content". max_bad: how many
-    records without text are skipped, each with a message, before one is an error.
+    is held out. field: where a row has its text, if not in "text" or "content".
 
     The sources are cut into parts. The tokens of each part are written to files of their own, on
     all cores; in the end these are joined to SOURCE.SPLIT.bin, and manifest.json is written. So a
@@ -353,12 +366,11 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
         if not (out / "manifest.json").exists():
             tokenizer.save(out)
             parts = cut_parts(found)
-            work = functools.partial(encode_part, out, val_fraction, field, max_bad)
-            encode_parts(out, work, parts, max_bad)
-            join_parts(out, tokenizer, [source for source, _ in parts], found)
+            encode_parts(out, parts, functools.partial(encode_part, out, val_fraction, field))
+            join_parts(out, parts, found, tokenizer)
         shutil.rmtree(out / "parts", ignore_errors=True)
     if skipped:
-        print(f"skipped {in_words(skipped)}", file=sys.stderr)
+        print("skipped", in_words(skipped), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------ loading
@@ -371,22 +383,21 @@ class Corpus:
 
     def __init__(self, folder: str | Path, split: str = "train",
                  sources: Iterable[str] | None = None):
-        folder = Path(folder)
-        if not (folder / "manifest.json").exists():
+        self.folder, self.split = Path(folder), split
+        if not (self.folder / "manifest.json").exists():
             raise ValueError(f"{folder} holds no finished data set (no manifest.json): make or "
                              "finish it with python data.py prepare")
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        self.folder, self.split, self.tokenizer = folder, split, load_tokenizer(folder)
+        manifest = json.loads((self.folder / "manifest.json").read_bytes())
+        self.tokenizer, counts = load_tokenizer(folder), manifest["sources"]
         if self.tokenizer.sha256 != manifest["tokenizer"]:
             raise ValueError(f"{folder} was prepared with another tokenizer than the one that lies "
                              "in it now: put the old one back or prepare the data again")
-        self.sources = list(sources or manifest["sources"])
-        if unknown := ", ".join(set(self.sources) - set(manifest["sources"])):
-            raise ValueError(f"{folder} has no source {unknown}, but "
-                             f"{', '.join(manifest['sources'])}")
-        self._tokens, dtype = {}, np.dtype(manifest["dtype"])
+        self.sources = list(sources or counts)
+        if unknown := ", ".join(set(self.sources) - set(counts)):
+            raise ValueError(f"{folder} has no source {unknown}, but {', '.join(counts)}")
+        self._tokens, dtype = {}, np.dtype(self.tokenizer.dtype)
         for name in self.sources:
-            path, n = folder / f"{name}.{split}.bin", manifest["sources"][name][split]
+            path, n = self.folder / f"{name}.{split}.bin", counts[name][split]
             if not path.exists() or path.stat().st_size != n * dtype.itemsize:
                 raise ValueError(f"{path} is missing or does not hold the {n} tokens that the "
                                  "manifest says: delete the folder and prepare it again")
@@ -457,13 +468,7 @@ class Loader:
 
 # ======================= From here on: what makes it practical. You can stop reading. =============
 
-MIB, SHARD = 1 << 20, 64 << 20      # a shard on the Hub counts as 64 MiB
 PAUSE = 10                          # seconds between two lines of progress
-
-
-def check_bad(messages: list[str], limit: int) -> None:
-    if len(messages) > limit:
-        raise ValueError(f"{messages[-1].strip()}; that makes more than {limit} bad records")
 
 
 def in_words(counts: Counter) -> str:
@@ -484,12 +489,13 @@ def one_sentence(problem: str) -> Iterator[None]:
 
 def check_plan(path: Path, plan: dict) -> None:
     """Note what a folder is made of, or refuse to go on if it is made of something else."""
-    if not path.exists() and not path.with_name("manifest.json").exists():
+    if not path.exists():
         write_whole(path, [json.dumps(plan, indent=1).encode()])
-    old = json.loads(path.read_bytes() if path.exists() else b"{}")
-    if changed := [fact for fact in old | plan if old.get(fact) != plan.get(fact)]:
-        raise ValueError(f"{changed[0]} has changed since {path.parent} was prepared: delete that "
-                         "folder or choose another one")
+    old = json.loads(path.read_bytes())
+    for fact in old | plan:
+        if old.get(fact) != plan.get(fact):
+            raise ValueError(f"{fact} has changed since {path.parent} was prepared: delete that "
+                             "folder or choose another one")
 
 
 def start_worker() -> None:
@@ -499,15 +505,14 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode_parts(folder: Path, work: Callable, parts: list[Part], max_bad: int) -> None:
+def encode_parts(folder: Path, parts: list[Part], work: functools.partial) -> None:
     """Make the parts that are missing, on all cores, and show how far it is."""
-    reports = [part_file(folder, i, "bad") for i in range(len(parts))]
-    missing = [i for i, path in enumerate(reports) if not path.exists()]
+    missing = [i for i in range(len(parts)) if not part_file(folder, i, "train").exists()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     tokens, start, shown = 0, time.monotonic(), time.monotonic()
     pool = ProcessPoolExecutor(cores, initializer=start_worker)
     try:
-        futures = [pool.submit(work, i, *parts[i]) for i in missing]
+        futures = [pool.submit(work, i, parts[i]) for i in missing]
         for n, future in enumerate(as_completed(futures), 1):
             tokens, now = tokens + future.result(), time.monotonic()
             if now - shown > PAUSE:
@@ -520,41 +525,34 @@ def encode_parts(folder: Path, work: Callable, parts: list[Part], max_bad: int) 
                          "same command again; what was finished is kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
-    check_bad([line for path in reports for line in path.read_text().splitlines()], max_bad)
 
 
-def chunks(paths: Iterable[Path]) -> Iterator[bytes]:
-    """What some files hold together, in pieces that fit into memory."""
-    for path in paths:
-        with open(path, "rb") as file:
-            yield from iter(functools.partial(file.read, MIB), b"")
-
-
-def join_parts(folder: Path, tokenizer: Tokenizer, owners: list[str],
-               sources: Iterable[str]) -> None:
-    """Join the parts to one file for each source and split. owners: the source of each part."""
+def join_parts(folder: Path, parts: list[Part], sources: Iterable[str],
+               tokenizer: Tokenizer) -> None:
+    """Join the parts to one file for each source and split, and list these in the manifest."""
     counts: dict[str, dict] = {name: {} for name in sources}
     for name, split in itertools.product(counts, SPLITS):
-        paths = [part_file(folder, i, split) for i, owner in enumerate(owners) if owner == name]
-        whole = folder / f"{name}.{split}.bin"
-        write_whole(whole, chunks(paths))
-        counts[name][split] = whole.stat().st_size // np.dtype(tokenizer.dtype).itemsize
+        with whole_file(folder / f"{name}.{split}.bin") as whole:
+            for i, part in enumerate(parts):
+                if part.source == name:
+                    with open(part_file(folder, i, split), "rb") as file:
+                        shutil.copyfileobj(file, whole)
+            counts[name][split] = whole.tell() // np.dtype(tokenizer.dtype).itemsize
         if not counts[name]["train"]:
             raise ValueError(f"source {name} has no text to train on")
-    manifest = {"tokenizer": tokenizer.sha256, "dtype": tokenizer.dtype, "sources": counts}
+    manifest = {"tokenizer": tokenizer.sha256, "sources": counts}
     write_whole(folder / "manifest.json", [json.dumps(manifest, indent=1).encode()])
 
 
 # ------------------------------------------------------------------------------ sources in files
 
+KIB, PART = 1 << 10, 4 << 20        # bytes in a part; a shard on the Hub counts as so many
 PLAIN = (".txt", ".md", ".rst", ".py")
 SPANNED = (*PLAIN, ".jsonl")                                # can be read from the middle
 KINDS = (*SPANNED, ".jsonl.gz", ".jsonl.zst", ".parquet")
-COLUMNS = ("text", "content", "meta")
 NOT_CODE = {"site-packages", "dist-packages",               # folders left out: other people's,
             "test", "tests", "idle_test",                   # tests, with broken examples,
             "encodings", "pydoc_data"}                      # tables
-TOPICS = LIBRARY / "pydoc_data" / "topics.py"               # what help("assert") shows
 BOM, LFS = b"\xef\xbb\xbf", b"version https://git-lfs.github.com/spec/"
 
 
@@ -565,19 +563,26 @@ def find(source: str, skipped: Counter) -> tuple[str, dict[str, list[int]]]:
     if not re.fullmatch(r"\w[\w.-]*", name) or not place:
         raise ValueError(f"source {source!r} is neither NAME=PATH nor one of {', '.join(READY)}")
     if place.startswith("hub:"):
-        return name, {place: [len(hub_shards(place, name)) * SHARD, 0]}
-    root = Path(place).expanduser()
-    if root == LIBRARY:
-        files = python_files(name)
-    else:
-        reasons = {path: unfit(path) for path in (walk(root) if root.is_dir() else [str(root)])}
-        skipped.update(filter(None, reasons.values()))
-        # Sorted, so that the order of the documents depends on nothing but the names.
-        files = sorted(path for path, reason in reasons.items() if not reason)
+        return name, {place: [len(hub_shards(place, name)) * PART, 0]}
+    root, files = Path(place).expanduser(), []
+    for path in library() if root == LIBRARY else walk(root) if root.is_dir() else [str(root)]:
+        if reason := unfit(path):
+            skipped[reason] += 1
+        else:
+            files.append(path)
     if not files:
         raise ValueError(f"source {name}: {root} neither is nor holds a file of the kinds "
                          f"{', '.join(KINDS)} (skipped: {in_words(skipped) or 'none'})")
-    return name, {file: [os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files}
+    # Sorted, so that the order of the documents depends on nothing but the names.
+    return name, {file: [os.stat(file).st_size, os.stat(file).st_mtime_ns]
+                  for file in sorted(files)}
+
+
+def library() -> list[str]:
+    """The modules of the running Python's library, about 10 MB; its docstrings are 2 MB."""
+    return [str(path) for path in LIBRARY.rglob("*.py")
+            if not NOT_CODE.intersection(path.relative_to(LIBRARY).parts)
+            and not path.name.startswith("_sysconfigdata")]
 
 
 def walk(root: Path) -> Iterator[str]:
@@ -611,75 +616,89 @@ def unfit(path: str) -> str:
         return "unreadable files or folders"
 
 
-def cut_parts(found: Found) -> list[Part]:
-    """Group small files, and cut large ones, into parts of about one size: 1 MiB to 64 MiB."""
-    total = sum(size for files in found.values() for size, _ in files.values())
-    part_size = min(max(total // 1000 // MIB, 1) * MIB, SHARD)
-    parts, position = defaultdict(list), 0
+def cut_parts(found: dict[str, dict[str, list[int]]]) -> list[Part]:
+    """Group small files, and cut large ones, into parts of about PART bytes."""
+    spans, position = defaultdict(list), 0
     for source, files in found.items():
         for file, (size, _) in files.items():
-            step = SHARD if file.startswith("hub:") else max(size, 1)
-            step = part_size if file.endswith(SPANNED) else step
+            step = PART if file.endswith(SPANNED) or file.startswith("hub:") else size or 1
             for start in range(0, size, step):
-                span = Span(file, start, min(start + step, size))
-                parts[source, position // part_size].append(span)
-                position += span.stop - span.start
-    return [(source, spans) for (source, _), spans in parts.items()]
+                stop = min(start + step, size)
+                spans[source, position // PART].append(Span(file, start, stop))
+                position += stop - start
+    return [Part(source, group) for (source, _), group in spans.items()]
 
 
 def read(source: str, span: Span, field: str | None = None) -> Iterator[Record]:
-    """The documents of a span, one after another: no more than one is in memory."""
+    """The documents of a span, one after another: no more than a few are in memory."""
     with one_sentence(f"source {source}: cannot read {span.file}"):
         if span.file.startswith("hub:"):
-            data, shard = hub_shards(span.file, source)[span.start // SHARD]
-            rows = data.shard(data.num_shards, shard)
-            yield from (Record(i, row) for i, row in enumerate(rows, 1))
-        elif source in ("general", "code") and LIBRARY in Path(span.file).parents:
-            yield from python_records(source, Path(span.file)) if not span.start else ()
+            data, shard = hub_shards(span.file, source)[span.start // PART]
+            yield from itertools.starmap(Record, enumerate(data.shard(data.num_shards, shard), 1))
+        elif span.file.endswith(".parquet"):
+            yield from itertools.starmap(Record, enumerate(parquet_rows(span.file, field), 1))
+        elif source == "general" and LIBRARY in Path(span.file).parents:
+            if span.start == 0:
+                yield Record(1, docstrings(Path(span.file)))
         else:
-            with open(span.file, "rb") as raw:
-                yield from (parquet_records(raw, field) if span.file.endswith(".parquet")
-                            else line_records(span, raw))
+            yield from line_records(span)
 
 
-def parquet_records(raw: Any, field: str | None) -> Iterator[Record]:
+def docstrings(module: Path) -> bytes:
+    """A module's docstrings. It is not imported."""
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(module.read_bytes())) if isinstance(node, kinds)]
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes))).encode()
+
+
+def parquet_rows(path: str, field: str | None) -> Iterator[dict]:
     import pyarrow.parquet
-    file = pyarrow.parquet.ParquetFile(raw, buffer_size=MIB)
-    columns = [name for name in file.schema_arrow.names if name in (field, *COLUMNS)]
-    batches = file.iter_batches(256, columns=columns, use_threads=False)
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    yield from (Record(i, row) for i, row in enumerate(rows, 1))
+    file = pyarrow.parquet.ParquetFile(path, buffer_size=KIB * KIB)
+    columns = [name for name in file.schema_arrow.names
+               if name in (field, "text", "content", "meta")]
+    for batch in file.iter_batches(256, columns=columns, use_threads=False):
+        yield from batch.to_pylist()
 
 
-def line_records(span: Span, stream: Any) -> Iterator[Record]:
+def open_lines(path: str) -> BinaryIO:
+    """A file of lines to read, decompressed if its name says so."""
+    if path.endswith(".gz"):
+        return gzip.open(path)
+    stream = open(path, "rb")
+    if path.endswith(".zst"):
+        import zstandard
+        unpack = zstandard.ZstdDecompressor().stream_reader
+        stream = io.BufferedReader(unpack(stream, read_across_frames=True))
+    return stream
+
+
+def line_records(span: Span) -> Iterator[Record]:
     """The lines of a .jsonl file. A text file's documents are the lines that begin in one stretch
     of 32 KiB, so that a single book gives both splits; code is better whole: 1 MiB."""
     at, line, stop = span.start, 1, span.stop if span.file.endswith(SPANNED) else sys.maxsize
-    if span.file.endswith(".gz"):
-        stream = gzip.open(stream)
-    elif span.file.endswith(".zst"):
-        import zstandard
-        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-        stream = io.BufferedReader(reader)
-    stretch = MIB if span.file.endswith(".py") else MIB // 32 if span.file.endswith(PLAIN) else 1
-    if at:                          # the line before belongs to the span before
-        stream.seek(at - 1)
-        at += len(stream.readline(stop - at + 1)) - 1
-    while at < stop:
-        # Up to the stretch's last byte, and then to the end of the line that this byte is in.
-        row = stream.read(stretch - at % stretch - 1) + stream.readline()
-        if row.strip():
-            yield Record(line, row if at else row.removeprefix(BOM))
-        at, line = at + len(row) if row else stop, line + row.count(b"\n")
+    stretch = 32 * KIB if span.file.endswith(PLAIN) else 1
+    if span.file.endswith(".py"):
+        stretch = KIB * KIB
+    with open_lines(span.file) as stream:
+        if at:                      # the line before belongs to the span before
+            stream.seek(at - 1)
+            at += len(stream.readline(stop - at + 1)) - 1
+        while at < stop:
+            # Up to the stretch's last byte, and then to the end of the line that this byte is in.
+            row = stream.read(stretch - at % stretch - 1) + stream.readline()
+            if row.strip():
+                yield Record(line, row if at else row.removeprefix(BOM))
+            at, line = at + len(row) if row else stop, line + row.count(b"\n")
 
 
 def lines_before(span: Span) -> int:
     """How many lines of a file come before its span: counted only for an error message."""
-    at = count = 0
-    if span.start and not span.file.startswith("hub:"):
+    count = 0
+    if span.file.endswith(SPANNED):
         with open(span.file, "rb") as file:
-            while at < span.start:
-                at, count = at + len(file.readline()), count + 1
+            while file.tell() < span.start:
+                file.readline()
+                count += 1
     return count
 
 
@@ -688,36 +707,12 @@ def hub_shards(place: str, source: str) -> list[tuple[Any, int]]:
     """The shards of a data set on the Hub: (its split, number of the shard in it)."""
     with one_sentence(f"source {source}: cannot read {place}"):
         import datasets
-        splits = datasets.load_dataset(place.removeprefix("hub:"), streaming=True,
-                                       data_dir=HUB_FOLDER.get(source))
+        # Of The Stack, AMD took Python alone.
+        part = "python" if source == "starcoder-python" else None
+        splits = datasets.load_dataset(place.removeprefix("hub:"), streaming=True, data_dir=part)
     # Other splits are for other purposes; without a train split, all are languages, say.
     chosen = ["train"] if "train" in splits else sorted(splits)
     return [(splits[name], i) for name in chosen for i in range(splits[name].num_shards)]
-
-
-def python_files(source: str) -> list[str]:
-    """The running Python's standard library, about 10 MB of code; its docstrings are 2 MB."""
-    files = [path for path in LIBRARY.rglob("*.py")
-             if not NOT_CODE.intersection(path.relative_to(LIBRARY).parts)
-             and not path.name.startswith("_sysconfigdata")]
-    return sorted(map(str, files + [TOPICS] * (source == "general" and TOPICS.exists())))
-
-
-def python_records(source: str, path: Path) -> Iterator[Record]:
-    """One document: a module's source for "code", its docstrings for "general".
-
-    The split goes by the module's name: a module that is held out is so in both, so that no
-    held-out source has its docstrings in the training text. Nothing is imported.
-    """
-    text, key = path.read_text("utf-8", errors="replace"), str(path.relative_to(LIBRARY))
-    documents = {key: text}
-    if path == TOPICS:
-        documents = ast.literal_eval(ast.parse(text).body[0].value)     # {topic: text}
-    elif source == "general":
-        kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
-        documents[key] = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
-    yield from (Record(1, text.encode(), key) for key, text in documents.items())
 
 
 # ------------------------------------------------------------------------------ tokenizer files
@@ -726,17 +721,19 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 # JSON has no bytes: GPT-2 writes them as Latin-1, and from U+0100 on those that have no glyph.
 GLYPHS = dict(zip([*range(33), *range(127, 161), 173], itertools.count(256)))
 BYTES = {glyph: byte for byte, glyph in GLYPHS.items()}
-TOKENIZER_JSON = """{
-    "version": "1.0",
-    "added_tokens": [{"special": true, "normalized": false, "single_word": false,
-                      "lstrip": false, "rstrip": false}],
+# Our own: the id of the end-of-text token, its name, the pattern, the vocabulary, the merges.
+TOKENIZER_JSON = """{"version": "1.0",
+    "added_tokens": [{"id": %s, "content": %s, "special": true, "normalized": false,
+                      "single_word": false, "lstrip": false, "rstrip": false}],
     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {}, "behavior": "Isolated", "invert": false},
+        {"type": "Split", "pattern": {"Regex": %s}, "behavior": "Isolated", "invert": false},
         {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false,
          "use_regex": false}]},
     "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false,
                 "use_regex": false},
-    "model": {"type": "BPE"}}"""
+    "model": {"type": "BPE", "vocab": %s, "merges": %s}}"""
+TOKENIZER_CONFIG = """{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
+    "add_bos_token": false, "clean_up_tokenization_spaces": false}"""
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
                    "vocab.json", "merges.txt")
@@ -745,15 +742,15 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.model or tokenizer.json, or the one in a folder or in a run's checkpoint."""
     path = checkpoint_folder(path)
-    if path.is_dir():
-        path = next((path / name for name in READERS if (path / name).exists()), path)
-    kind = f"tokenizer{path.suffix}"
-    if not path.is_file() or kind not in READERS:
-        raise ValueError(f"{path} is no tokenizer: expected {' or '.join(READERS)}, or a folder "
-                         "with one of them (python data.py train-tokenizer makes one)")
-    with one_sentence(f"{path} cannot be used as a tokenizer"):
-        paths = {name: path.with_name(name) for name in TOKENIZER_FILES} | {kind: path}
-        return READERS[kind]({name: p.read_bytes() for name, p in paths.items() if p.exists()})
+    folder, names = (path, [*READERS]) if path.is_dir() else (path.parent, [path.name])
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES
+             if (folder / name).is_file()}
+    for name in names:
+        if name in files and name in READERS:
+            with one_sentence(f"{folder / name} cannot be used as a tokenizer"):
+                return READERS[name](files)
+    raise ValueError(f"{path} is no tokenizer: expected {' or '.join(READERS)}, or a folder with "
+                     "one of them (python data.py train-tokenizer makes one)")
 
 
 def refuse(unsupported: Iterable[str]) -> None:
@@ -761,83 +758,79 @@ def refuse(unsupported: Iterable[str]) -> None:
         raise ValueError(f"not supported: {names}")
 
 
-def read_roles(files: Files, ids: dict[str, int], *defaults: Any) -> tuple[int, int | None, bool]:
-    """EOS, BOS and whether BOS stands in front: as tokenizer_config.json says, or the defaults."""
-    names, config = ("eos_token", "bos_token", "add_bos_token"), config_of(files)
-    eos, bos, add_bos = (config.get(name, value) for name, value in zip(names, defaults))
-    eos, bos = (ids.get(name["content"] if isinstance(name, dict) else name) for name in (eos, bos))
-    if eos is None:
+def read_roles(files: dict, ids: dict[str, int], eos: str | None, bos: str | None,
+               add_bos: bool) -> tuple[int, int | None, bool]:
+    """EOS, BOS and whether BOS stands in front: as tokenizer_config.json says, or by default."""
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    names = config.get("eos_token", eos), config.get("bos_token", bos)
+    eos_id, bos_id = (ids.get(name["content"] if isinstance(name, dict) else name)
+                      for name in names)
+    if eos_id is None:
         raise ValueError("its end-of-text token is not known: tokenizer_config.json must name one "
                          "of its tokens as eos_token")
-    return eos, bos, bos is not None and (defaults[2] if add_bos is None else add_bos)
+    if config.get("add_bos_token") is not None:
+        add_bos = config["add_bos_token"]
+    return eos_id, bos_id, bos_id is not None and add_bos
 
 
-def config_of(files: Files) -> dict:
-    return json.loads(files.get("tokenizer_config.json", b"{}"))
-
-
-def write_tokenizer_json(merges: list[tuple[bytes, bytes]]) -> Files:
+def write_tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict[str, bytes]:
     """The files of a byte-level tokenizer, as transformers and `read_tokenizer_json` read them."""
-    tokens = [bytes([b]) for b in range(256)] + [left + right for left, right in merges]
+    tokens = [*(bytes([b]) for b in range(256)), *map(b"".join, merges)]
     name = {token: token.decode("latin-1").translate(GLYPHS) for token in tokens}
-    content = json.loads(TOKENIZER_JSON)
-    content["added_tokens"][0] |= {"id": len(tokens), "content": END}
-    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PATTERN
-    content["model"] |= {"vocab": {name[token]: i for i, token in enumerate(tokens)},
-                         "merges": [[name[left], name[right]] for left, right in merges]}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END,
-              "add_bos_token": False, "clean_up_tokenization_spaces": False}
-    return {"tokenizer.json": json.dumps(content, ensure_ascii=False).encode(),
-            "tokenizer_config.json": json.dumps(config).encode()}
+    vocabulary = {name[token]: i for i, token in enumerate(tokens)}
+    pairs = [[name[left], name[right]] for left, right in merges]
+    values = map(json.dumps, (len(tokens), END, PATTERN, vocabulary, pairs))
+    return {"tokenizer.json": (TOKENIZER_JSON % tuple(values)).encode(),
+            "tokenizer_config.json": TOKENIZER_CONFIG.encode()}
 
 
 def word_pattern(pre_tokenizer: dict) -> str:
     """The pattern with which tiktoken cuts a text into the same words."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    *first, last = [{"use_regex": True} | step for step in steps]
-    match first, (last.get("type"), last.get("add_prefix_space"), last["use_regex"]):
-        case [], ("ByteLevel", False, True):
+    match [{"use_regex": True} | step for step in steps]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return GPT2
-        case [{"type": "Digits", "individual_digits": True}], ("ByteLevel", False, True):
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             # Each digit is a word, and is the end of the text before it.
             return GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\S", r"[^\s\p{N}]")
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-               "invert": False}], ("ByteLevel", False, False):
+               "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             return pattern
     raise ValueError(f"not supported: the pre_tokenizer {json.dumps(pre_tokenizer)}")
 
 
-def read_tokenizer_json(files: Files) -> Tokenizer:
+def read_tokenizer_json(files: dict[str, bytes]) -> Tokenizer:
     """Read a byte-level tokenizer.json, such as GPT-2's, Llama-3's, SmolLM2's and our own.
 
     It lists pairs to merge; tiktoken merges any pair that makes a token. For lists that training
     made, that is the same: only the listed pair ever comes about.
     """
     content = json.loads(files["tokenizer.json"])
-    model, added = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ValueError(f"its model is {model['type']} and not byte-level (if byte_fallback: it "
-                         "needs the tokenizer.model that it was made from beside it)")
-    refuse([key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-            if model.get(key)] + ["normalizer"] * bool(content.get("normalizer"))
-           + [token["content"] for token in content["added_tokens"] if not token["special"]])
-    ids = model["vocab"] | added
-    token_of = {name: b"" if name in added else name.translate(BYTES).encode("latin-1")
-                for name in sorted(ids, key=ids.get)}
+    model, added = content["model"], {t["content"]: t for t in content["added_tokens"]}
+    features = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    refuse([key + " (without a tokenizer.model)" * (key == "byte_fallback")
+            for key in features if model.get(key)]
+           + ["normalizer"] * bool(content.get("normalizer"))
+           + [model["type"]] * (model["type"] != "BPE")
+           + [text for text, token in added.items() if not token["special"]])
+    ids = model["vocab"] | {text: token["id"] for text, token in added.items()}
+    names = sorted(ids, key=ids.get)
+    pieces = [b"" if name in added else name.translate(BYTES).encode("latin-1") for name in names]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged = [ids[left + right] for left, right in merges]
     if merged != sorted(merged) or sorted(ids.values()) != list(range(len(ids))):
         raise ValueError("its ids are not 0, 1, 2, ... in the order of its merges")
     # tiktoken looks a word up before it merges; a tokenizer.json only with ignore_merges.
-    known = set(range(len(ids))) if model.get("ignore_merges") else set(merged)
-    ranks = {token: i for i, token in enumerate(token_of.values())
-             if len(token) == 1 or token and i in known}
+    known = range(len(ids)) if model.get("ignore_merges") else set(merged)
+    ranks = {token: i for i, token in enumerate(pieces) if len(token) == 1 or token and i in known}
     refuse(f"a vocabulary without the byte {b}" for b in range(256) if bytes([b]) not in ranks)
     template = json.dumps(content.get("post_processor"))    # what it puts around a text
     first = re.search(r'"single": \[{"SpecialToken": {"id": "([^"]*)"', template)
     roles = read_roles(files, ids, END, first and first[1], bool(first))
-    tokenizer = Tokenizer([*token_of.values()], ranks, word_pattern(content["pre_tokenizer"] or {}),
-                          files, *roles)
+    pattern = word_pattern(content["pre_tokenizer"] or {})
+    tokenizer = Tokenizer(pieces, ranks, pattern, files, *roles)
     sample = "".join(map(chr, range(0x3000)))
     if tokenizer.decode(tokenizer.encode(sample)) != sample:
         raise ValueError("its pattern leaves out characters")
@@ -867,7 +860,7 @@ class SentencePiece(Tokenizer):
     leftmost first, which is the same as longest first. At the end, ranks become ids.
     """
 
-    def __init__(self, vocabulary: list[tuple[str, float, int]], files: Files, *roles: Any):
+    def __init__(self, vocabulary: list[tuple[str, float, int]], files: dict, *roles: Any):
         """vocabulary: (text, score, type) by id."""
         normal, fixed, spelled = ({text: i for i, (text, _, kind) in enumerate(vocabulary)
                                    if kind == wanted} for wanted in (NORMAL, USER_DEFINED, BYTE))
@@ -886,31 +879,32 @@ class SentencePiece(Tokenizer):
         trial = Tokenizer([], {token: i for i, token in enumerate(tokens)}, pattern, {}, 0)
         lost = {text.encode() for text in merged if len(trial.encode(text + "\0")) > 2}
         ranks = {token: i for i, token in enumerate(token for token in tokens if token not in lost)}
-        pieces = [text.replace(SPACE, " ").encode() if kind in (NORMAL, USER_DEFINED)
-                  else bytes.fromhex(text[3:5]) if kind == BYTE else b""
+        pieces = [bytes.fromhex(text[3:5]) if kind == BYTE else
+                  text.replace(SPACE, " ").encode() if kind in (NORMAL, USER_DEFINED) else b""
                   for text, _, kind in vocabulary]
         super().__init__(pieces, ranks, pattern, files, *roles)
-        byte_ids = [i for _, i in sorted(spelled.items())]
-        ids = {text.encode(): (i,) for text, i in normal.items()}
-        self.ids = [ids.get(token) or tuple(byte_ids[b] for b in token) for token in ranks]
+        byte_ids = [spelled[text] for text in sorted(spelled)]
+        ids = {text.encode(): [i] for text, i in normal.items()}
+        self.ids = [ids.get(token) or [byte_ids[b] for b in token] for token in ranks]
         self.fixed = fixed
         longest_first = sorted(map(re.escape, fixed), key=len, reverse=True)
         self.cut = re.compile(f"({'|'.join(longest_first) or '(?!)'})")     # (?!) matches nothing
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        parts = self.cut.split(SPACE + text.replace(" ", SPACE) if text else "")
-        for i, part in enumerate(parts):                    # text, fixed, text, fixed, ..., text
-            ranks = [] if i % 2 else self.encoding.encode_ordinary(part)
-            ids += [self.fixed[part]] if i % 2 else itertools.chain.from_iterable(
-                map(self.ids.__getitem__, ranks))
+        ids = []
+        for part in self.cut.split(SPACE + text.replace(" ", SPACE) if text else ""):
+            if part in self.fixed:
+                ids.append(self.fixed[part])
+            else:
+                for rank in self.encoding.encode_ordinary(part):
+                    ids += self.ids[rank]
         return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         """A whole text, without the space that encode puts in front (and not as a byte)."""
         tokens = [token for token in tokens if self.decode_bytes([token])]
         text = super().decode(tokens)
-        return text[1:] if text.startswith(" ") and (tokens[0],) != self.ids[0x20] else text
+        return text[1:] if text.startswith(" ") and tokens[:1] != self.ids[0x20] else text
 
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -923,7 +917,7 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
     while stream.tell() < len(message):
         number, kind = divmod(varint(), 8)
-        value = size = varint() if kind in (0, 2) else {1: 8, 5: 4}.get(kind, len(message))
+        value = size = varint() if kind in (0, 2) else {1: 8, 5: 4}[kind]
         if kind:
             value = stream.read(size)
             if len(value) < size:
@@ -931,7 +925,7 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
         yield number, value
 
 
-def read_sentencepiece(files: Files) -> SentencePiece:
+def read_sentencepiece(files: dict[str, bytes]) -> SentencePiece:
     """Read a tokenizer.model (sentencepiece_model.proto's ModelProto, as far as it matters here)
     and the tokens that tokenizer_config.json adds to it."""
     pieces, parts = [], {2: {}, 3: {}}                      # 2 trainer, 3 normalizer
@@ -943,15 +937,15 @@ def read_sentencepiece(files: Files) -> SentencePiece:
     refuse([name for part, number, default, needed, name in SUPPORTED
             if parts[part].get(number, default) != needed]
            + ["unused pieces"] * any(kind == UNUSED for _, _, kind in pieces))
-    for i, token in config_of(files).get("added_tokens_decoder", {}).items():
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    for i, token in config.get("added_tokens_decoder", {}).items():
         text = token["content"].replace(" ", SPACE)
         if int(i) == len(pieces):
             pieces.append((text, 0, CONTROL if token["special"] else USER_DEFINED))
         if pieces[int(i)][0] != text:
             raise ValueError(f"tokenizer_config.json says that {text!r} is {i}; it is not")
-    names = {i: text for i, (text, _, _) in enumerate(pieces)}
-    ids = {text: i for i, text in names.items()}
-    eos, bos = (names.get(parts[2].get(number, number - 40)) for number in (42, 41))
+    ids = {text: i for i, (text, _, _) in enumerate(pieces)}
+    bos, eos = (pieces[parts[2].get(41, 1)][0], pieces[parts[2].get(42, 2)][0])
     return SentencePiece(pieces, files, *read_roles(files, ids, eos, bos, True))
 
 
@@ -961,19 +955,18 @@ READERS = {"tokenizer.model": read_sentencepiece,           # the first that a f
 
 # ------------------------------------------------------------------------------ benchmarks
 
-# evaluate.py's tasks on the Hub: data set, configuration, the split that is scored, and the one
-# that examples are drawn from.
+# evaluate.py's tasks on the Hub: data set, configuration, the split that is scored.
 BENCHMARKS = {name: facts for name, *facts in map(str.split, """
-sciq            allenai/sciq                default         test        train
-winogrande      allenai/winogrande          winogrande_xl   validation  train
-piqa            baber/piqa                  default         validation  train
-wsc             aps/super_glue              wsc.fixed       validation  train
-mmlu            cais/mmlu                   all             test        dev
+sciq            allenai/sciq                default         test
+winogrande      allenai/winogrande          winogrande_xl   validation
+piqa            baber/piqa                  default         validation
+wsc             aps/super_glue              wsc.fixed       validation
+mmlu            cais/mmlu                   all             test
 lambada_openai  EleutherAI/lambada_openai   default         test
-arc_easy        allenai/ai2_arc             ARC-Easy        test        train
-arc_challenge   allenai/ai2_arc             ARC-Challenge   test        train
-logiqa          EleutherAI/logiqa           logiqa          test        train
-hellaswag       Rowan/hellaswag             default         validation  train
+arc_easy        allenai/ai2_arc             ARC-Easy        test
+arc_challenge   allenai/ai2_arc             ARC-Challenge   test
+logiqa          EleutherAI/logiqa           logiqa          test
+hellaswag       Rowan/hellaswag             default         validation
 humaneval       openai/openai_humaneval     default         test
 """.strip().splitlines())}
 
@@ -984,67 +977,55 @@ def fetch(task: str, out: str | Path) -> None:
     if task not in [*BENCHMARKS, "all"]:
         raise ValueError(f"unknown task {task!r}: expected all or one of {', '.join(BENCHMARKS)}")
     for name in BENCHMARKS if task == "all" else [task]:
-        path, config, *splits = BENCHMARKS[name]
-        place: dict = {"name": None if config == "default" else config}
+        path, config, split = BENCHMARKS[name]
+        place = {"name": None if config == "default" else config}
         if name == "logiqa":        # a program, which datasets no longer runs: the Hub's conversion
             place = {"data_dir": config, "revision": "refs/convert/parquet"}
-        for split in splits:
-            with one_sentence(f"cannot fetch {name} from {path}"):
-                import datasets
-                # Streamed, so that no other split is downloaded.
-                rows = datasets.load_dataset(path, split=split, streaming=True, **place)
-                content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            file = f"{split}.jsonl"
-            if name == "humaneval":
-                file, content = "HumanEval.jsonl.gz", gzip.compress(content)
-            write_whole(Path(out).expanduser() / name / file, [content])
+        with one_sentence(f"cannot fetch {name} from {path}"):
+            import datasets
+            # Streamed, so that no other split is downloaded.
+            rows = datasets.load_dataset(path, split=split, streaming=True, **place)
+            content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        file = f"{split}.jsonl"
+        if name == "humaneval":
+            file, content = "HumanEval.jsonl.gz", gzip.compress(content)
+        write_whole(Path(out).expanduser() / name / file, [content])
 
 
 # ------------------------------------------------------------------------------ files
 
 def check_writable(path: str | Path) -> Path:
     """The path of a file that is to be written later: ValueError now rather than after hours."""
-    path, existed = Path(path), Path(path).exists()
-    try:
-        if existed and not path.is_file():
-            raise OSError(0, "it is a folder or a device")
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be written ({error.strerror}): expected the name "
-                         "of a file, in a folder that exists") from None
+    path = Path(path)
+    place = path if path.exists() else path.parent
+    if path.exists() and not path.is_file() or not os.access(place, os.W_OK):
+        raise ValueError(f"{str(path)!r} cannot be written: expected the name of a file, in a "
+                         "folder that exists")
     return path
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Say which file a full disk (or a limit on sizes) stopped, and what to do."""
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name only when it is complete and on the disk.
+
+    A crash at any moment leaves the old file or the new one, never a part of one. ValueError if
+    the disk is full, say.
+    """
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
         raise ValueError(f"could not write {path} ({error.strerror}): free some space and run the "
                          "same command again, or choose another folder; what was there before is "
                          "unchanged") from None
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Any]:
-    """A file to write, which takes its name only when it is complete and on the disk.
-
-    A crash at any moment leaves the old file or the new one, never a part of one.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_whole(path: str | Path, chunks: Iterable[bytes]) -> None:
@@ -1060,47 +1041,29 @@ def checkpoint_folder(path: str | Path) -> Path:
     as it is. A step that is still being written has another name, step-000320.partial.
     """
     path = Path(path).expanduser()
-    steps = [step for step in path.glob("step-*") if step.name[5:].isdecimal()]
-    if not steps or (path / "config.json").exists():
-        return path
-    return max(steps, key=lambda step: int(step.name[5:]))
+    steps = [] if (path / "config.json").exists() else path.glob("step-*[0-9]")
+    return max(steps, key=lambda step: int(step.name[5:]), default=path)
 
 
 @contextmanager
 def claim(folder: str | Path) -> Iterator[None]:
-    """Within it, this process alone writes in a folder: a file beside it, FOLDER.lock, names the
-    owner, since not every file system has locks. ValueError if there is another owner."""
-    lock = Path(f"{folder}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    if is_stale(lock):
-        lock.unlink(missing_ok=True)
+    """Within it, this process alone writes in a folder: ValueError if another one does.
+
+    The file FOLDER.lock names the owner, since not every file system has locks. If the owner was
+    killed, the next process on its computer takes over (within three seconds, if it was killed
+    while it wrote its name).
+    """
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.SoftFileLock(f"{folder}.lock", timeout=3)
     try:
-        with open(lock, "x") as file:                       # fails if it exists
-            file.write(f"{platform.node()} {os.getpid()}")
-    except FileExistsError:
-        raise ValueError(f"another run writes in {folder} (computer and process: "
-                         f"{lock.read_text()}): wait for it, or choose another name; if it is "
-                         f"gone, delete {lock}") from None
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(f"another run writes in {folder}: wait for it, or choose another name; if "
+                         f"it is gone, delete {lock.lock_file}") from None
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-
-
-def is_stale(lock: Path) -> bool:
-    """Whether a lock's owner has died, as far as this computer knows."""
-    try:
-        computer, process = lock.read_text().split()
-        if computer != platform.node():
-            return False
-        if int(process) != os.getpid():
-            os.kill(int(process), 0)                        # sends nothing, but looks for it
-            return False
-        return True
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError):   # no lock; another user's process; it is being written
-        return False
+        lock.release()
 
 
 # ------------------------------------------------------------------------------ command line
@@ -1108,20 +1071,19 @@ def is_stale(lock: Path) -> bool:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train-tokenizer", help="learn a byte-level BPE vocabulary")
-    train.add_argument("--vocab-size", type=int, default=4096)
+    learn = commands.add_parser("train-tokenizer", help="learn a byte-level BPE vocabulary")
+    learn.add_argument("--vocab-size", type=int, default=4096)
     tokenize = commands.add_parser("prepare", help="tokenize sources into a data set folder")
     tokenize.add_argument("--tokenizer", required=True, help="a tokenizer's file or folder")
     tokenize.add_argument("--val-fraction", type=float, default=0.05, help="documents held out")
-    tokenize.add_argument("--max-bad", type=int, default=100, help="bad records to skip")
-    for command in (train, tokenize):
+    for command in (learn, tokenize):
         command.add_argument("--source", action="append", required=True, metavar="NAME[=PATH]",
                              help=f"NAME=file or folder ({', '.join(KINDS)}), or "
                                   f"NAME=hub:DATASET, or {', '.join(READY)}")
         command.add_argument("--field", help="where a row has its text, if not in text or content")
     rows = commands.add_parser("fetch", help="download the rows of evaluate.py's tasks")
     rows.add_argument("task", help=f"all, or one of {', '.join(BENCHMARKS)}")
-    for command in (train, tokenize, rows):
+    for command in (learn, tokenize, rows):
         command.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)
     try:
@@ -1129,7 +1091,7 @@ def main(argv: list[str] | None = None) -> None:
             train_bpe(texts(args.source, args.field), args.vocab_size).save(args.out)
         elif args.command == "prepare":
             prepare(args.source, load_tokenizer(args.tokenizer), args.out, args.val_fraction,
-                    args.field, args.max_bad)
+                    args.field)
         else:
             fetch(args.task, args.out)
     except (ValueError, OSError) as error:
