@@ -6,8 +6,8 @@ is one run of the loop with one `TrainConfig`. Without a flag, `python train.py`
 pair on the Python that runs it: a draft on general text and then on code, as AMD-135M was, and a
 target that is grown from it.
 
-Letters: R processes, M micro-batches of each in a step, B rows of a micro-batch, T tokens of a row,
-C width, V vocabulary.
+Letters: R processes (WORLD in the code; RANK is this one's number), M micro-batches of each in a
+step, B rows of a micro-batch, T tokens of a row, C width, V vocabulary. So a step has R M B rows.
 
     python train.py                                             # the demo
     python train.py amd-135m --data out/pretrain --compile      # AMD-135M's recipe, on one GPU
@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
@@ -54,7 +53,10 @@ def option(default, help: str):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage of training. Each field is a flag of the command line: --micro-batch and so on."""
+    """One stage of training. Each field is a flag of the command line: --micro-batch and so on.
+
+    The defaults are AMD-135M's pretraining: 670 billion tokens, in steps of 1024 rows.
+    """
     name: str = option("model", "the checkpoints are OUT/NAME/step-000320 and so on")
     out: str = option("out", "folder for everything that is written")
     data: str = option("out/data", "data set folder made by data.py prepare")
@@ -97,8 +99,10 @@ class TrainConfig:
         return self.batch_tokens // self.block
 
 
-AMD = TrainConfig(name="amd-135m", preset="amd-135m")       # the defaults are AMD-135M's
-# 320 rows, as AMD asked for (its own division made them 256).
+# In the names of files, {out} becomes the value of --out when the recipe is run.
+AMD = TrainConfig(name="amd-135m", preset="amd-135m")
+# 320 rows a step, the number in AMD's script (which then divided it over GPUs and rounded it down
+# to 256).
 AMD_CODE = TrainConfig(name="amd-135m-code", init="{out}/amd-135m", batch_tokens=320 * 2048,
                        micro_batch=20, steps=21_000_000_000 // (320 * 2048), lr=3e-4, min_lr=3e-5)
 # The demo's numbers were found by sweeps. What mattered: rows of 128 tokens rather than 256 (more
@@ -110,7 +114,7 @@ DEMO = TrainConfig(name="demo-draft", init="{out}/demo-draft-base", data="{out}/
                    mix="code", preset="demo-draft", block=128, batch_tokens=2048, micro_batch=16,
                    steps=600, warmup=20, lr=3e-3, min_lr=3e-4, log_every=25, val_every=100,
                    val_tokens=2**14, save_every=100, sample="def ")
-RECIPES = {"demo": (
+RECIPES = {"demo": (        # general text, code, and a deeper model that starts from the draft
     replace(DEMO, name="demo-draft-base", init="", mix="general", sample="", steps=100), DEMO,
     replace(DEMO, name="demo-target", init="{out}/demo-draft", preset="demo-target", steps=100,
             freeze=1, lr=1e-3, min_lr=1e-4)),
@@ -120,7 +124,8 @@ RECIPES = {"demo": (
 # --------------------------------------------------------------------------- the parts of a step
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear from 0, then half a cosine (Loshchilov & Hutter 2017, eq. 5, without restarts):
+    """Linear from 0, then half a cosine (Loshchilov & Hutter 2017, eq. 5, without restarts). `step`
+    is the number of steps made before, so that the first one has a rate of 0, as AMD's has.
 
         min_lr + (lr - min_lr) (1 + cos(pi t)) / 2,    t = (step - warmup) / (steps - warmup)
 
@@ -134,12 +139,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """sum -log softmax(W h)[target], the cross-entropy of hidden (N, C) against targets (N,)."""
-    # Flattened: on transposed logits (B, V, T) it is sixty times slower.
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    # N = B T. On logits with an axis for each, (B, V, T), it is sixty times slower.
+    return nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
 def loss_of(model: Transformer, rows: Tensor, head_loss=head_loss) -> Tensor:
-    """Mean cross-entropy of rows (B, T + 1): each token is predicted from those before it."""
+    """Mean cross-entropy of rows (B, T + 1): each token is predicted from those before it.
+    A compiled form of head_loss may be passed in its place."""
     hidden, targets = model.hidden(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()   # (B T, C)
     return head_loss(model.lm_head, hidden, targets) / len(targets)
 
@@ -148,7 +154,8 @@ def flat_gradient(model: Transformer) -> Tensor:
     """One vector for the gradients of all parameters, and a last element for the loss.
 
     Each parameter's .grad is a view of its part, so that backward() adds to the vector. One
-    all-reduce carries it, one norm measures it, and one product clips it.
+    all-reduce carries it, one norm measures it, and one product clips it. It is set to 0 as a
+    whole: optimizer.zero_grad() would drop the views.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() for p in parameters]
@@ -160,7 +167,7 @@ def flat_gradient(model: Transformer) -> Tensor:
 
 def clip(gradient: Tensor, limit: float) -> Tensor:
     """g <- g min(1, limit / |g|), in place (Pascanu et al. 2013, algorithm 1). Returns |g|."""
-    norm = gradient.norm()
+    norm = gradient.norm()              # 1e-6, as in PyTorch, for a gradient of zeros
     gradient *= (limit / (norm + 1e-6)).clamp(max=1)
     return norm
 
@@ -180,6 +187,15 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 # ------------------------------------------------------------------------------------ the loop
 
+# The loop uses a few things that are written out in the second half of this file:
+#   run                    one stage: its config, device, model, optimizer and loader of rows;
+#                          run.first is the step of the checkpoint that it continues, or 0
+#   run.batch(step)        this process's rows of a step, a pure function of its number
+#   run.log, run.save      a line in metrics.jsonl; a checkpoint folder
+#   autocast(...)          within it, matrix products are in bf16 where the device is fast at that
+#   all_reduce(tensor)     the sum over all processes, in place; with one process, nothing
+#   interruptions()        a list of the signals (Ctrl-C is number 2) that arrive from now on
+
 def train(run: "Run") -> int:
     """Train to the last step, or to a signal: its number is returned, else 0.
 
@@ -190,25 +206,24 @@ def train(run: "Run") -> int:
     gradient = flat_gradient(model)
     with interruptions() as received:
         for step in range(run.first + 1, config.steps + 1):
-            batch = run.batch(step)                     # this process's rows (B M, T + 1)
+            batch = run.batch(step)                                             # (M B, T + 1)
             gradient.zero_()
             for rows in batch.split(config.micro_batch):
-                with arithmetic(config, run.device):
-                    loss = loss_of(model, rows, run.head_loss)
-                loss = loss * config.micro_batch / config.rows                  # / (R M)
+                with autocast(config, run.device):
+                    # B / (R M B) = 1 / (R M), so that the sum over all is the mean of the step.
+                    loss = loss_of(model, rows, run.head_loss) * config.micro_batch / config.rows
                 loss.backward()
                 gradient[-1] += loss.detach()
             all_reduce(gradient)                        # once, after the last micro-batch
             norm = clip(gradient[:-1], config.clip)
             optimizer.param_groups[0]["lr"] = learning_rate(step - 1, config)
             optimizer.step()
-            run.losses += gradient[-1]                  # read at the next log: no step waits
+            run.losses += gradient[-1]                  # on the device: read at the next log alone
 
             # A signal that any process has received stops all of them, after the same step.
             stop = int(all_reduce(torch.tensor(max(received, default=0)), dist.ReduceOp.MAX))
-            last = step == config.steps
-            validating = last or step % config.val_every == 0
-            saving = last or stop or step % config.save_every == 0
+            validating = step % config.val_every == 0 or step == config.steps
+            saving = step % config.save_every == 0 or step == config.steps or stop
             if validating or saving or step == run.first + 1 or step % config.log_every == 0:
                 run.log(step, norm, validating)         # ValueError if the norm is not finite
                 if saving:
@@ -222,21 +237,22 @@ def train(run: "Run") -> int:
 
 
 @torch.no_grad()
-def bits_per_byte(run: "Run") -> float | None:
-    """sum -log2 p(token) / bytes over held-out rows, an equal part of each source, which are the
-    same for any batch and any number of processes. Unlike the loss, it does not depend on the
-    tokenizer. None: no text is held out."""
+def validate(run: "Run") -> float:
+    """Bits per byte of held-out text: sum -log2 p(token) / bytes of the tokens. 0: there is none.
+
+    Unlike the loss, it can be compared between tokenizers. The rows are as many from each source,
+    and the same ones for any batch and any number of processes.
+    """
     config, corpus = run.config, data.Corpus(run.config.data, "val", run.corpus.sources)
     count = max(1, config.val_tokens // config.block // len(corpus.sources))
     rows = torch.cat([torch.from_numpy(corpus.blocks(source, config.block)[:count].astype("int64"))
                       for source in corpus.sources])                            # (N, T + 1)
-    nats = torch.zeros((), dtype=torch.float64)
-    with arithmetic(config, run.device), eager(config):
-        for part in rows[RANK::WORLD].split(4096 // config.block or 1):     # small: it is eager
-            if len(part):                       # there may be more processes than rows
-                nats += loss_of(run.model, part.to(run.device)).item() * part[:, 1:].numel()
+    parts = rows[RANK::WORLD].split(4096 // config.block or 1)  # few tokens: logits take memory
+    with autocast(config, run.device), eager(config):
+        nats = sum(loss_of(run.model, part.to(run.device)).item() * part[:, 1:].numel()
+                   for part in parts if len(part))      # with more processes than rows, some have 0
     size = int(corpus.tokenizer.byte_lengths[rows[:, 1:]].sum())
-    return all_reduce(nats).item() / math.log(2) / size if size else None
+    return all_reduce(torch.tensor(nats, dtype=torch.double)).item() / math.log(2) / max(size, 1)
 
 
 def grow(small: Transformer, large: Transformer) -> None:
@@ -246,12 +262,12 @@ def grow(small: Transformer, large: Transformer) -> None:
     from there, much faster than a deep model does from scratch. With --freeze, what it learns is a
     correction alone: the models go on agreeing about most tokens, so that `small` drafts well.
     """
-    same, layers = vars(small.config), small.config.num_hidden_layers
-    different = {name for name, value in vars(large.config).items() if same[name] != value}
+    shape, layers = vars(small.config), small.config.num_hidden_layers
+    different = {name for name, value in vars(large.config).items() if shape[name] != value}
     require(different <= {"num_hidden_layers", "bos_token_id", "eos_token_id"}
             and layers <= large.config.num_hidden_layers,
             f"--init cannot grow to --preset: they differ in {', '.join(sorted(different))}")
-    large.load_state_dict(small.state_dict(), strict=False)
+    large.load_state_dict(small.state_dict(), strict=False)     # all but the layers that it adds
     for layer in large.model["layers"][layers:]:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
@@ -287,18 +303,19 @@ class Run:
         self.corpus = data.Corpus(config.data, "train", config.mix and config.mix.split(","))
         self.loader = data.Loader(self.corpus, config.block, config.rows, config.seed)
         self.folder = Path(config.out, config.name)
-        state = self.read_state() if resume else {"step": 0, "metrics": 0}
+        state = self.read_state() if resume else {"step": 0}
         self.model = model = (load_checkpoint(self.folder) if resume else
                               build(config, self.corpus.tokenizer)).to(device)
         model.requires_grad_(not config.freeze)
         model.model.layers[config.freeze:].requires_grad_(True)
         self.optimizer = adamw(model, config)
-        self.optimizer.load_state_dict(state.get("optimizer", self.optimizer.state_dict()))
+        if resume:
+            self.optimizer.load_state_dict(state["optimizer"])
         if config.compile:
             # RoPE's angles stay outside: in one graph with them, each kernel computes them again.
             model.run_layers, self.head_loss = map(torch.compile, (model.run_layers, head_loss))
         self.first = self.logged = state["step"]            # steps that were made, and logged
-        self.metrics_size, self.losses = state["metrics"], torch.zeros((), device=device)
+        self.losses = torch.zeros((), device=device)        # their sum since the last log
 
     def batch(self, step: int) -> Tensor:
         """This process's rows of a step (the first is 1), (B M, T + 1), on its device."""
@@ -311,8 +328,7 @@ class Run:
         """A line for the reader and one in metrics.jsonl: means of the steps since the last one."""
         config, steps = self.config, step - self.logged
         loss, norm = torch.stack((self.losses, norm)).tolist()      # here the host waits
-        require(math.isfinite(loss + norm),
-                f"the loss or the gradient of a step from {self.logged + 1} to {step} is not finite"
+        require(math.isfinite(loss + norm), f"NaN or inf in a step from {self.logged + 1} to {step}"
                 f": {data.checkpoint_folder(self.folder)} is good; look at the data, or lower --lr")
         entry = {"step": step, "tokens": step * config.batch_tokens, "loss": loss / steps,
                  "grad_norm": norm, "lr": learning_rate(step - 1, config)}
@@ -320,7 +336,7 @@ class Run:
             seconds = (time.perf_counter() - self.since) / steps
             entry["tokens_per_s"] = round(config.batch_tokens / seconds)
             entry["minutes_left"] = round((config.steps - step) * seconds / 60, 1)
-        if validating and (bits := bits_per_byte(self)):
+        if validating and (bits := validate(self)):
             entry["val_bits_per_byte"] = bits
         say("  ".join(f"{name} {value:.6g}" for name, value in entry.items()))
         if RANK == 0:
@@ -328,12 +344,24 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
         self.losses, self.logged = torch.zeros_like(self.losses), step
 
+    def cut_log(self) -> None:
+        """End metrics.jsonl with the checkpoint's step: those after it will be made again."""
+        number = step = 0
+        with open(self.folder / "metrics.jsonl", "a+b") as file:
+            file.seek(0)
+            try:
+                while step < self.first and (line := file.readline()):
+                    number, step = number + 1, int(json.loads(line)["step"])
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"line {number + 1} of {file.name} is damaged: mend it, or move "
+                                 "the file away, which nothing but plots needs") from None
+            file.truncate()
+
     def show_sample(self) -> None:
         tokenizer, config = self.corpus.tokenizer, self.config
         prompt = tokenizer.prompt(config.sample)[-(config.block // 2):]         # leaves room
         with eager(config):
-            new = speculative.complete(self.model, [prompt], min(48, config.block // 2),
-                                       temperature=0.8, seed=config.seed)[0]
+            new = speculative.complete(self.model, [prompt], 48, temperature=0.8)[0]
         say("  | " + tokenizer.decode(prompt + new).replace("\n", "\n  | "))
 
     def identity(self) -> dict:
@@ -342,10 +370,9 @@ class Run:
         may_change = ("out data init micro_batch compile device log_every val_every val_tokens "
                       "save_every sample").split()
         text = b"".join(self.corpus.tokens(name)[:2**20] for name in self.corpus.sources)
-        return {"the tokenizer": self.corpus.tokenizer.sha256[:12]} | {
-            name: value for name, value in vars(self.config).items()
-            if name not in may_change} | {
-            "the text": sha256(text).hexdigest()[:12], "the blocks": self.loader.blocks_per_epoch}
+        fixed = {name: x for name, x in vars(self.config).items() if name not in may_change}
+        return fixed | {"the tokenizer": self.corpus.tokenizer.sha256[:12], "the text":
+                        sha256(text).hexdigest()[:12], "the blocks": self.loader.blocks_per_epoch}
 
     def read_state(self) -> dict:
         """training_state.pt of the newest checkpoint, of a run with the same identity."""
@@ -353,10 +380,9 @@ class Run:
         require(path.exists(), f"{path} is missing: there is no run to resume; leave --resume out")
         with reading(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        old, new = state["identity"], self.identity()
-        for name in old | new:
-            require(old.get(name) == new.get(name),
-                    f"{name} is {new.get(name)}, not {old.get(name)} as in {path.parent}: use that")
+        for name, value in self.identity().items():
+            old = state["identity"].get(name)
+            require(value == old, f"{name} is {value}, not {old} as in {path.parent}: use that")
         return state
 
     def save(self, step: int) -> None:
@@ -373,9 +399,8 @@ class Run:
             save_checkpoint(self.model, partial)
             self.corpus.tokenizer.save(partial)
             # No random state: nothing draws random numbers after the start.
-            torch.save({
-                "step": step, "metrics": (folder.parent / "metrics.jsonl").stat().st_size,
-                "identity": self.identity(), "optimizer": self.optimizer.state_dict()}, file)
+            torch.save({"step": step, "identity": self.identity(),
+                        "optimizer": self.optimizer.state_dict()}, file)
             data.write_whole(partial / "training_state.pt", [file.getbuffer()])
             partial.rename(folder)
             with suppress(OSError):         # some file systems cannot sync a folder
@@ -391,7 +416,7 @@ class Run:
 
 # ---------------------------------------------------------------------- devices and processes
 
-def arithmetic(config: TrainConfig, device: torch.device) -> torch.autocast:
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """bf16 matrix products over float32 weights. On a CPU they are up to four times faster where
     there are instructions for it (AVX-512), and slower without."""
     has_bf16 = (torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else
@@ -466,13 +491,12 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def prepare_demo(folder: Path) -> None:
+def prepare_demo(path: Path) -> None:
     """The Python that runs this script, as general text and code, by a tokenizer of its own."""
-    if not (folder / "manifest.json").exists():
-        say(f"{folder}: learning a tokenizer from this Python's library")
-        sources, size = ["general", "code"], PRESETS["demo-draft"].vocab_size
-        data.train_bpe(data.texts(sources), size).save(folder)
-        data.prepare(sources, data.load_tokenizer(folder), folder)
+    if not (path / "manifest.json").exists():
+        say(f"{path}: learning a tokenizer from this Python's library")
+        data.train_bpe(data.texts(["general", "code"]), PRESETS[DEMO.preset].vocab_size).save(path)
+        data.prepare(["general", "code"], data.load_tokenizer(path), path)
 
 
 def run_stage(config: TrainConfig, device: torch.device, resume: bool) -> int:
@@ -484,17 +508,16 @@ def run_stage(config: TrainConfig, device: torch.device, resume: bool) -> int:
                 aside = run.folder.rename(f"{run.folder}.{time.strftime('%Y-%m-%d-%H-%M-%S')}")
                 say(f"the run in {run.folder} is in {aside} now (--resume would have gone on)")
             run.folder.mkdir(exist_ok=True)
-            # The steps after the checkpoint will be made, and logged, again.
-            with open(run.folder / "metrics.jsonl", "a") as file:
-                file.truncate(min(file.tell(), run.metrics_size))
+            run.cut_log()
         say(f"{run.folder}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M "
             f"parameters, step {run.first} of {config.steps}, on {WORLD} x {device.type}")
         return train(run)
 
 
-def run_recipe(recipe: str, resume: bool, flags: dict) -> int:
+def run_recipe(recipe: str, resume: bool, **flags) -> int:
     """Each stage in turn; returns the number of the signal that stopped one, or 0."""
     stages = [replace(stage, **flags) for stage in RECIPES[recipe]]
+    require(len(stages) == 1 or "name" not in flags, "--name would name each stage: use --out")
     stages = [replace(s, data=s.data.replace("{out}", s.out),
                       init=s.init.replace("{out}", s.out)) for s in stages]
     device = open_device(stages[0].device)
@@ -515,23 +538,21 @@ ADVICE = {      # for errors of PyTorch whose cause a user can change, by a part
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description="Train by a recipe; flags override its stages'.")
     parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")
     parser.add_argument("recipe", nargs="?", default="demo", choices=RECIPES)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     choices = {"preset": PRESETS, "precision": ("auto", "bf16", "fp32")}
     for f in fields(TrainConfig):
-        how = {"type": f.type, "choices": choices.get(f.name)}
-        how = {"action": "store_true"} if f.type is bool else how
+        how = ({"action": "store_true"} if f.type is bool else
+               {"type": f.type, "choices": choices.get(f.name)})
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} ({f.default})", **how)
-    flags = vars(parser.parse_args(argv))
     sys.stdout.reconfigure(errors="replace")        # what a terminal cannot print becomes "?"
     try:
-        if stop := run_recipe(flags.pop("recipe"), flags.pop("resume"), flags):
-            launcher = f"torchrun --nproc-per-node {WORLD}" if WORLD > 1 else "python"
-            say(f"interrupted; to go on: {launcher} {shlex.join([*sys.argv[:1], *argv])} --resume")
+        if stop := run_recipe(**vars(parser.parse_args(argv))):
+            launcher = ", with the same torchrun options:" if WORLD > 1 else ": python"
+            say(f"interrupted; to go on{launcher} {shlex.join(sys.argv)} --resume")
             sys.exit(128 + stop)                # as a shell reports a process that a signal ended
     except KeyboardInterrupt:
         parser.exit(130, "train.py: interrupted before the first step\n")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from model import PRESETS, ModelConfig, Transformer
-from train import AMD, WORLD, TrainConfig, arithmetic, say
+from train import AMD, WORLD, TrainConfig, autocast, say
 
 
 # ------------------------------------------------------------- llama2.c's shape, written plainly
@@ -130,7 +130,7 @@ def usual(module: nn.Module, loss: Callable, config: TrainConfig, device: torch.
     loss = torch.compile(loss) if config.compile else loss
     batch, rates, since = tokens.rows.to(device), [], None
     for step in range(config.steps):
-        with arithmetic(config, device):
+        with autocast(config, device):
             value = loss(module, batch)
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)

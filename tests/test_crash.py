@@ -5,7 +5,9 @@
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -243,9 +245,10 @@ def test_two_processes_resume_bitwise(place, tmp_path):
                                       stdout=subprocess.PIPE).stdout.split()
             os.kill(int(children[0]), signal.SIGTERM)   # one hears it, both have to stop
             break
-    process.communicate(timeout=300)
+    output = process.communicate(timeout=300)[0]
     assert children and 8 <= checkpoint_step(tmp_path / "cut") < 20, "it was not cut short"
-    finish(launch([*flags(place, tmp_path / "cut", micro_batch=2), "--resume"], 2))
+    command, = re.findall("interrupted; to go on, with the same torchrun options: (.*)", output)
+    finish(launch(shlex.split(command)[1:], 2))
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "cut")
     assert all(torch.equal(a[name], b[name]) for name in a), "two processes resumed differently"
     assert losses(tmp_path / "straight") == losses(tmp_path / "cut")

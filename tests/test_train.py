@@ -6,8 +6,10 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +74,7 @@ def state(out: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def run(arguments: list[str], code: int) -> None:
+def run(arguments: list[str] | None, code: int) -> None:
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
     assert stop.value.code == code, f"exit code {stop.value.code}, expected {code}"
@@ -254,28 +256,29 @@ def test_the_first_steps_compilation_is_not_in_the_rate(place, tmp_path, monkeyp
     assert last["tokens_per_s"] > 3 * ROWS * BLOCK, "the rate counts the first step's time"
 
 
-def validate(place, **changes) -> float:
-    config = train.TrainConfig(**{"data": str(place / "data"), "init": str(place / "init"),
-                                  "block": BLOCK, "batch_tokens": BLOCK, "micro_batch": 1,
-                                  "val_tokens": 320, "steps": 9, "warmup": 0} | changes)
-    return train.bits_per_byte(train.Run(config, torch.device("cpu"), False))
+@pytest.fixture(scope="module")
+def validation(place) -> train.Run:
+    """A run whose 20 held-out rows are its validation."""
+    config = train.TrainConfig(data=str(place / "data"), init=str(place / "init"), block=BLOCK,
+                               batch_tokens=BLOCK, micro_batch=1, val_tokens=320, warmup=0)
+    return train.Run(config, torch.device("cpu"), False)
 
 
-def test_validation_is_the_same_for_any_world_size(place, monkeypatch):
-    alone = validate(place)
+def test_validation_is_the_same_for_any_world_size(validation, monkeypatch):
+    alone = train.validate(validation)
     monkeypatch.setattr(train, "all_reduce", lambda tensor: tensor)     # each sees its own share
     for world in (2, 8, 21):                # there are 20 rows
         monkeypatch.setattr(train, "WORLD", world)
         shares = []
         for rank in range(world):
             monkeypatch.setattr(train, "RANK", rank)
-            shares.append(validate(place, batch_tokens=BLOCK * world))
+            shares.append(train.validate(validation))
         assert math.isclose(sum(shares), alone, rel_tol=1e-6), \
             f"{alone} alone, {sum(shares)} on {world} processes"
     assert shares[-1] == 0, "a process without a row adds nothing"
 
 
-def test_validation_is_nats_over_the_bytes_of_the_targets(place):
+def test_validation_is_nats_over_the_bytes_of_the_targets(place, validation):
     net = load_checkpoint(place / "init")
     tokens = data.Corpus(place / "data", "val").tokens("text")[:20 * (BLOCK + 1)]
     rows = torch.from_numpy(np.asarray(tokens, np.int64)).view(20, BLOCK + 1)
@@ -283,7 +286,7 @@ def test_validation_is_nats_over_the_bytes_of_the_targets(place):
     tokenizer = data.load_tokenizer(place / "data")
     size = len(tokenizer.decode_bytes([t for t in rows[:, 1:].flatten().tolist()
                                        if t != tokenizer.eos_id]))
-    found = validate(place)
+    found = train.validate(validation)
     assert math.isclose(found, -log_p / math.log(2) / size, rel_tol=1e-6), \
         f"{found} bits per byte, {-log_p / math.log(2) / size} by hand"
 
@@ -307,13 +310,15 @@ def test_ten_steps_resumed_for_ten_are_bitwise_twenty(place, straight, tmp_path,
     assert 10 * ROWS < blocks < 20 * ROWS, "the second half must cross an epoch's border"
     with monkeypatch.context() as patch:
         interrupt_after(patch, 10)
-        run(flags(place, tmp_path), 128 + signal.SIGTERM)
-    printed = capsys.readouterr().out
-    assert "--resume" in printed.splitlines()[-1], "SIGTERM must print the command that resumes"
+        patch.setattr(sys, "argv", ["train.py", *flags(place, tmp_path)])
+        run(None, 128 + signal.SIGTERM)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(printed.removeprefix("interrupted; to go on: "))
+    assert words[:2] == ["python", "train.py"], f"no command that resumes: {printed}"
     assert state(tmp_path)["step"] == 10, "SIGTERM must finish its step and save"
     with open(tmp_path / "m" / "metrics.jsonl", "a") as file:     # as if killed after the save
         file.write('{"step": 11, "loss": 99}\n{"step": 12, "lo')
-    train.main([*flags(place, tmp_path), "--resume"])
+    train.main(words[2:])
     assert_same(weights(straight), weights(tmp_path), "10 + resume + 10 steps are not 20 steps")
     assert losses(straight) == losses(tmp_path), "metrics.jsonl is not that of an undisturbed run"
     old, new = (state(out)["optimizer"]["state"] for out in (straight, tmp_path))
@@ -366,6 +371,24 @@ def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one(place, straight
     train.main([*flags(place, tmp_path), "--resume"])
     assert_same(weights(straight), weights(tmp_path), "steps 11 to 20, made again")
     assert losses(straight) == losses(tmp_path), "metrics.jsonl is not that of an undisturbed run"
+
+
+def test_a_damaged_line_of_metrics_is_named_and_stays(place, straight, tmp_path, capsys):
+    shutil.copytree(straight / "m", tmp_path / "m")
+    log, resume = tmp_path / "m" / "metrics.jsonl", [*flags(place, tmp_path), "--resume"]
+    whole = log.read_text()
+    for bad in ('{"step": 3, "lo', "\0" * 20, "[3]", '{"loss": 1}', '{"step": null}', ""):
+        lines = whole.splitlines(keepends=True)
+        lines[2] = bad + "\n"
+        log.write_text("".join(lines))
+        message = refuse(resume, capsys)
+        assert f"line 3 of {log} is damaged: mend it, or move the file away" in message, message
+        assert log.read_text() == "".join(lines), "a refused run changed the log"
+    log.write_text(whole)                                       # mended
+    train.main(resume)
+    assert log.read_text() == whole, "a resumed run lost lines before its checkpoint"
+    log.unlink()                                                # moved away
+    train.main(resume)
 
 
 def test_a_new_run_sets_an_old_checkpoint_aside(place, tmp_path):
@@ -533,6 +556,7 @@ def test_nothing_whole_is_deleted_because_something_after_it_failed(place, tmp_p
     (["amd-135m", "--precision", "int3"], "--precision: invalid choice: 'int3'"),
     (["amd-135m", "--lr", "1e-5"], "--lr 1e-05 is below --min-lr 6e-05"),
     (["amd-135m", "--steps", "100"], "--warmup 2000 exceeds --steps 100"),
+    (["demo", "--name", "mine"], "--name would name each stage"),
 ])
 def test_a_mistake_on_the_command_line_is_one_sentence(arguments, part, tmp_path, capsys):
     message = refuse([*arguments, "--out", tmp_path / "out"], capsys)
