@@ -624,18 +624,19 @@ def test_a_lock_is_taken_over_only_from_a_process_that_is_known_to_be_gone(bpe, 
     assert str(lock) in str(error.value) and lock.read_bytes() == before
 
 
-def test_a_changed_source_is_named(bpe, tmp_path):
-    for name in ("one", "two"):
-        write_jsonl(tmp_path / "in" / f"{name}.jsonl", range(20))
+@pytest.mark.parametrize("name, content", [("two", "of the same size"), ("two", None),
+                                           ("new", "")], ids=["changed", "gone", "new"])
+def test_a_changed_source_is_named(bpe, tmp_path, name, content):
+    for known in ("one", "two"):
+        write_jsonl(tmp_path / "in" / f"{known}.jsonl", range(20))
     data.prepare([f"a={tmp_path / 'in'}"], bpe, tmp_path / "out")
-    path = tmp_path / "in" / "two.jsonl"
-    before = contents(tmp_path / "out")
-    same_size = path.read_text().replace("the", "mat")
-    for change in (lambda: path.write_text(same_size), path.unlink,
-                   lambda: write_jsonl(path.with_name("new.jsonl"), [])):
-        change()
-        with pytest.raises(ValueError, match="in/(two|new).jsonl has changed since .*out"):
-            data.prepare([f"a={tmp_path / 'in'}"], bpe, tmp_path / "out")
+    before, path = contents(tmp_path / "out"), tmp_path / "in" / f"{name}.jsonl"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content and path.read_text().replace("the", "mat"))
+    with pytest.raises(ValueError, match=f"in/{name}.jsonl has changed since .*out"):
+        data.prepare([f"a={tmp_path / 'in'}"], bpe, tmp_path / "out")
     assert contents(tmp_path / "out") == before, "the refused preparation changed the folder"
 
 
