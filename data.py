@@ -58,6 +58,7 @@ import tiktoken
 # ------------------------------------------------------------------------------ tokenizer
 
 END = "<|endoftext|>"
+ALL_BYTES = [bytes([b]) for b in range(256)]                # the first tokens of a vocabulary
 
 # The pattern that cuts a text into words before anything is merged: no token reaches from one word
 # into the next. As in GPT-4, a word takes the one character before it along (mostly a space) and
@@ -80,13 +81,13 @@ class Tokenizer:
     """
 
     pieces: list[bytes]             # the bytes that each id stands for, none for special tokens
-    ranks: dict[bytes, int]         # what merging makes -> the order in which it does
+    ranks: dict[bytes, int]         # a token's bytes -> its rank: the lowest is merged first
     pattern: str
     files: dict[str, bytes]         # what it was read from, by name, for saving it again
     eos_id: int                     # ends a text
     bos_id: int | None = None       # begins a text, if there is such a token
     add_bos: bool = False           # whether it stands in front of a prompt
-    fixed = {}                      # text that is cut out before all else -> its id
+    fixed = {}     # no field: what SentencePiece cuts out before all else, text -> id
 
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:
@@ -134,7 +135,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write the files that the tokenizer came with, unchanged."""
         for name, content in self.files.items():
-            write_whole(Path(folder) / name, [content])
+            write_whole(Path(folder).expanduser() / name, [content])
 
 
 def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
@@ -145,7 +146,7 @@ def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
     """
     merged, i = [], 0
     while i < len(word):
-        if (*word[i:i + 2],) == pair:
+        if tuple(word[i:i + 2]) == pair:
             merged.append(new)
             i += 2
         else:
@@ -167,7 +168,7 @@ def learn_merges(frequency: dict[str, int], count: int) -> list[tuple[bytes, byt
     Only the words that hold the merged pair are counted again: seconds instead of hours.
     """
     words = [list(word.encode()) for word in frequency]     # as ids; the first 256 are the bytes
-    times, tokens, merges = [*frequency.values()], [bytes([b]) for b in range(256)], []
+    times, tokens, merges = [*frequency.values()], [*ALL_BYTES], []
     counts, where = Counter(), defaultdict(set)             # pair -> how often, in which words
 
     def add(i: int, sign: int) -> None:
@@ -181,17 +182,17 @@ def learn_merges(frequency: dict[str, int], count: int) -> list[tuple[bytes, byt
     heapq.heapify(heap)
     while heap and heap[0][0] < 0 and len(merges) < count:
         n, pair = heapq.heappop(heap)
-        fresh = {pair}                                      # pairs that go on the heap
-        if n == -counts[pair]:                              # if not, other merges made it rarer
-            new, changed = len(tokens), where.pop(pair)
-            merges.append((tokens[pair[0]], tokens[pair[1]]))
-            tokens.append(b"".join(merges[-1]))
-            for i in changed:
-                add(i, -1)
-                words[i] = merge_pair(words[i], pair, new)
-                add(i, 1)
-            fresh = {p for i in changed for p in zip(words[i], words[i][1:]) if new in p}
-        for pair in fresh:
+        if n != -counts[pair]:                              # other merges have made it rarer
+            heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        new, changed = len(tokens), where.pop(pair)
+        merges.append((tokens[pair[0]], tokens[pair[1]]))
+        tokens.append(b"".join(merges[-1]))
+        for i in changed:                                   # or has lost the pair, and stays so
+            add(i, -1)
+            words[i] = merge_pair(words[i], pair, new)
+            add(i, 1)
+        for pair in {p for i in changed for p in zip(words[i], words[i][1:]) if new in p}:
             heapq.heappush(heap, (-counts[pair], pair))
     return merges
 
@@ -212,10 +213,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if len(merges) < vocab_size - 257:
         raise ValueError(f"the text yields a vocabulary of {257 + len(merges)} entries, not the "
                          f"{vocab_size} asked for: add text or ask for fewer")
-    return read_tokenizer_json(write_tokenizer_json(merges))
+    return read_tokenizer_json(write_tokenizer_json(merges))    # as it will be read again
 
 
 # ------------------------------------------------------------------------------ documents
+#
+# The way of a document, and the functions that it passes:
+#
+#     files --cut_parts--> parts --read--> records --text_of--> texts --encode_part--> tokens
+#
+# A part is what one process does at a time: spans of files of one source, about 4 MiB together.
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
@@ -225,27 +232,20 @@ READY = {"general": str(LIBRARY), "code": str(LIBRARY),
          "slimpajama": "hub:cerebras/SlimPajama-627B", "gutenberg": "hub:manu/project_gutenberg",
          "starcoder-python": "hub:bigcode/starcoderdata"}
 
+KIB, PART = 1 << 10, 4 << 20        # bytes of a part; a shard on the Hub counts as so many
+PLAIN = (".txt", ".md", ".rst", ".py")
+SPANNED = (*PLAIN, ".jsonl")                                # can be read from the middle
+KINDS = (*SPANNED, ".jsonl.gz", ".jsonl.zst", ".parquet")
+BOM = b"\xef\xbb\xbf"                                       # the byte order mark of UTF-8
+
 
 class Span(NamedTuple):
     """Documents of a source: those that begin at one of these bytes of a file."""
 
+    source: str
     file: str
     start: int
     stop: int
-
-
-class Part(NamedTuple):
-    """A share of the work on a source."""
-
-    source: str
-    spans: list[Span]
-
-
-class Record(NamedTuple):
-    """A document as it lies in its file."""
-
-    line: int                       # in its span, from 1
-    row: dict | bytes               # a table's fields; or UTF-8, a line of JSON or the text itself
 
 
 def is_validation(key: str, fraction: float) -> bool:
@@ -257,21 +257,68 @@ def is_validation(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def split_key(text: str, span: Span) -> str:
-    """What is hashed: the text, but for a module of Python's library its name. A module that is
-    held out is then so in both sources, and its docstrings are in no training text."""
-    file = Path(span.file)
-    return str(file.relative_to(LIBRARY)) if LIBRARY in file.parents else text
+def cut_parts(found: dict[str, dict[str, list[int]]]) -> list[list[Span]]:
+    """Group small files, and cut large ones, into parts of about PART bytes.
+
+    found: {source: {file: [bytes, time of the last change]}}.
+    """
+    parts, position = defaultdict(list), 0
+    for source, files in found.items():
+        for file, (size, _) in files.items():
+            step = PART if file.endswith(SPANNED) or file.startswith("hub:") else size or 1
+            for start in range(0, size, step):
+                stop = min(start + step, size)
+                parts[source, position // PART].append(Span(source, file, start, stop))
+                position += stop - start
+    return [*parts.values()]
 
 
-def text_of(record: Record, source: str, span: Span, field: str | None) -> str:
-    """The record's text, "" if its source leaves it out; ValueError says why there is none."""
-    fields, row, line = [field] if field else ["text", "content"], record.row, record.line
+def read(span: Span, field: str | None = None) -> Iterator[tuple[int, Any]]:
+    """The records of a span, one after another: no more than a few are in memory.
+
+    Yields (line, row): the line's number in the span, from 1, and a table's row as a dict, or UTF-8
+    of a line of JSON or of a text.
+    """
+    with one_sentence(f"source {span.source}: cannot read {span.file}"):
+        if span.file.startswith("hub:"):
+            data, shard = hub_shards(span.file, span.source)[span.start // PART]
+            yield from enumerate(data.shard(data.num_shards, shard), 1)
+        elif span.file.endswith(".parquet"):
+            yield from enumerate(parquet_rows(span.file, field), 1)
+        elif span.source == "general" and library_module(span.file):
+            if span.start == 0:
+                yield 1, docstrings(span.file)
+        else:
+            yield from lines(span)
+
+
+def lines(span: Span) -> Iterator[tuple[int, bytes]]:
+    """The lines of a .jsonl file. A text file's documents are the lines that begin in one stretch
+    of 32 KiB, so that a single book gives both splits; code is better whole: 1 MiB."""
+    stretch = 32 * KIB if span.file.endswith(PLAIN) else 1      # of 1 byte: each line by itself
+    if span.file.endswith(".py"):
+        stretch = KIB * KIB
+    at, line, stop = span.start, 1, span.stop if span.file.endswith(SPANNED) else sys.maxsize
+    with open_lines(span.file) as stream:
+        if at:                      # the line that the byte before is in belongs to another span
+            stream.seek(at - 1)
+            at += len(stream.readline(stop - at + 1)) - 1
+        while at < stop:
+            # Up to the stretch's last byte, and then to the end of the line that this byte is in.
+            row = stream.read(stretch - at % stretch - 1) + stream.readline()
+            if row.strip():
+                yield line, row if at else row.removeprefix(BOM)
+            at, line = at + len(row) if row else stop, line + row.count(b"\n")
+
+
+def text_of(line: int, row: Any, span: Span, field: str | None) -> str:
+    """The text of a record, "" if its source leaves it out; ValueError says why there is none."""
+    fields = [field] if field else ["text", "content"]
     try:
         if isinstance(row, bytes):
             row = row.decode()
             row = {fields[0]: row} if span.file.endswith(PLAIN) else json.loads(row)
-        if source == "slimpajama" and row["meta"]["redpajama_set_name"] == "RedPajamaBook":
+        if span.source == "slimpajama" and row["meta"]["redpajama_set_name"] == "RedPajamaBook":
             return ""               # AMD took SlimPajama without its books
         text = next(row[name] for name in fields if name in row)
         text.encode()               # fails for half of a surrogate pair, which JSON can spell
@@ -284,15 +331,20 @@ def text_of(record: Record, source: str, span: Span, field: str | None) -> str:
     raise ValueError(f"{span.file}, line {line + lines_before(span)}: {reason}")
 
 
-def documents(part: Part, field: str | None, max_bad: int = 0) -> Iterator[tuple[str, str]]:
-    """The texts of a part, each with the key that decides its split. Records without text are
-    skipped, each with a message, and more than `max_bad` of them are an error."""
+def documents(part: list[Span], field: str | None, max_bad: int) -> Iterator[tuple[str, str]]:
+    """The texts of a part, each with the key whose hash decides its split. Records without text
+    are skipped, each with a message, and more than `max_bad` of them are an error.
+
+    The key is the text. For a module of Python's library it is the module's path: what is held out
+    is then so in both of the sources made of it, and its docstrings are in no training text.
+    """
     bad = 0
-    for span in part.spans:
-        for record in read(part.source, span, field):
+    for span in part:
+        module = library_module(span.file)
+        for line, row in read(span, field):
             try:
-                if text := text_of(record, part.source, span, field):
-                    yield text, split_key(text, span)
+                if text := text_of(line, row, span, field):
+                    yield text, module or text
             except ValueError as error:
                 bad += 1
                 if bad > max_bad:
@@ -302,9 +354,11 @@ def documents(part: Part, field: str | None, max_bad: int = 0) -> Iterator[tuple
 
 
 def texts(sources: Iterable[str], field: str | None = None) -> Iterator[str]:
-    """All texts of the sources, one after another, for train_bpe."""
-    for part in cut_parts(dict(find(source, Counter()) for source in sources)):
-        yield from (text for text, _ in documents(part, field))
+    """All texts of the sources, one after another, for train_bpe. A record without text is an
+    error: a vocabulary is made once, and of what was meant to be in it."""
+    for part in cut_parts(find_all(sources, Counter())):
+        for text, _ in documents(part, field, max_bad=0):
+            yield text
 
 
 # ------------------------------------------------------------------------------ preparing
@@ -317,16 +371,17 @@ def part_file(folder: Path, number: int, split: str) -> Path:
     return folder / "parts" / f"{number:06}.{split}"
 
 
-@functools.lru_cache(1)             # each worker reads it once
+@functools.lru_cache(1)             # each worker reads it once: quicker than to send it each time
 def worker_tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
 def encode_part(folder: Path, val_fraction: float, field: str | None, number: int,
-                part: Part) -> int:
+                part: list[Span]) -> int:
     """Write the tokens of a part and return how many: the work of one process.
 
-    The file of the train split gets its name last: a part that has it is complete.
+    The file of the train split gets its name last, since `with` ends with what it began with: a
+    part that has it is complete.
     """
     tokenizer, size = worker_tokenizer(folder), 0
     with (whole_file(part_file(folder, number, "train")) as train,
@@ -351,10 +406,8 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
     kill costs the parts that were being made, and the bytes are the same wherever it came. Until
     the end, it takes the space of the tokens twice.
     """
-    sources, out, skipped = list(sources), Path(out).expanduser(), Counter()
-    found = dict(find(source, skipped) for source in sources)
-    if not found or len(found) < len(sources):
-        raise ValueError("expected one or more sources, each with a name of its own")
+    out, skipped = Path(out).expanduser(), Counter()
+    found = find_all(sources, skipped)
     if not 0 <= val_fraction < 1:
         raise ValueError(f"the validation share must be at least 0 and below 1, not {val_fraction}")
     plan = {"tokenizer": tokenizer.sha256, "val_fraction": val_fraction, "field": field}
@@ -384,10 +437,11 @@ class Corpus:
     def __init__(self, folder: str | Path, split: str = "train",
                  sources: Iterable[str] | None = None):
         self.folder, self.split = Path(folder), split
-        if not (self.folder / "manifest.json").exists():
+        path = self.folder / "manifest.json"
+        if not path.exists():
             raise ValueError(f"{folder} holds no finished data set (no manifest.json): make or "
                              "finish it with python data.py prepare")
-        manifest = json.loads((self.folder / "manifest.json").read_bytes())
+        manifest = json.loads(path.read_bytes())
         self.tokenizer, counts = load_tokenizer(folder), manifest["sources"]
         if self.tokenizer.sha256 != manifest["tokenizer"]:
             raise ValueError(f"{folder} was prepared with another tokenizer than the one that lies "
@@ -418,8 +472,8 @@ class Loader:
     """Batches as a pure function of (step, rank, world): to resume is to ask for the next step.
 
     The blocks of all sources are numbered. Each epoch is a permutation of these numbers, and the
-    epochs form one endless row of them, of which each step takes the next `batch`, and each rank
-    its share. So every block comes once an epoch, sources mix by their sizes, and the number of
+    epochs form one endless sequence, of which each step takes the next `batch`, and each rank its
+    share. So every block comes once an epoch, sources mix by their sizes, and the number of
     ranks does not change a step. An epoch may end inside a batch.
 
     Seven blocks in batches of four rows, on two ranks (seed 0):
@@ -449,7 +503,8 @@ class Loader:
             raise ValueError(f"a batch of {self.rows} rows cannot be split between {world} ranks")
         share, n, numbers = self.rows // world, self.blocks_per_epoch, []
         first = step * self.rows + rank * share
-        for epoch, place in (divmod(i, n) for i in range(first, first + share)):
+        for i in range(first, first + share):
+            epoch, place = divmod(i, n)
             if epoch != self.epoch:             # only one epoch's order is kept: 4 N bytes
                 rng = np.random.default_rng([self.seed, epoch])
                 self.epoch, self.order = epoch, rng.permutation(np.arange(n, dtype=np.uint32))
@@ -505,7 +560,7 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode_parts(folder: Path, parts: list[Part], work: functools.partial) -> None:
+def encode_parts(folder: Path, parts: list[list[Span]], work: functools.partial) -> None:
     """Make the parts that are missing, on all cores, and show how far it is."""
     missing = [i for i in range(len(parts)) if not part_file(folder, i, "train").exists()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -527,14 +582,14 @@ def encode_parts(folder: Path, parts: list[Part], work: functools.partial) -> No
         pool.shutdown(cancel_futures=True)
 
 
-def join_parts(folder: Path, parts: list[Part], sources: Iterable[str],
+def join_parts(folder: Path, parts: list[list[Span]], sources: Iterable[str],
                tokenizer: Tokenizer) -> None:
     """Join the parts to one file for each source and split, and list these in the manifest."""
     counts: dict[str, dict] = {name: {} for name in sources}
     for name, split in itertools.product(counts, SPLITS):
         with whole_file(folder / f"{name}.{split}.bin") as whole:
             for i, part in enumerate(parts):
-                if part.source == name:
+                if part[0].source == name:
                     with open(part_file(folder, i, split), "rb") as file:
                         shutil.copyfileobj(file, whole)
             counts[name][split] = whole.tell() // np.dtype(tokenizer.dtype).itemsize
@@ -546,55 +601,75 @@ def join_parts(folder: Path, parts: list[Part], sources: Iterable[str],
 
 # ------------------------------------------------------------------------------ sources in files
 
-KIB, PART = 1 << 10, 4 << 20        # bytes in a part; a shard on the Hub counts as so many
-PLAIN = (".txt", ".md", ".rst", ".py")
-SPANNED = (*PLAIN, ".jsonl")                                # can be read from the middle
-KINDS = (*SPANNED, ".jsonl.gz", ".jsonl.zst", ".parquet")
 NOT_CODE = {"site-packages", "dist-packages",               # folders left out: other people's,
             "test", "tests", "idle_test",                   # tests, with broken examples,
             "encodings", "pydoc_data"}                      # tables
-BOM, LFS = b"\xef\xbb\xbf", b"version https://git-lfs.github.com/spec/"
+LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def find_all(sources: Iterable[str], skipped: Counter) -> dict[str, dict[str, list[int]]]:
+    """{source: {file: [bytes, time of the last change]}}; `skipped` counts what is not read."""
+    found = [find(source, skipped) for source in sources]
+    if not found or len(dict(found)) < len(found):
+        raise ValueError("expected one or more sources, each with a name of its own")
+    return dict(found)
 
 
 def find(source: str, skipped: Counter) -> tuple[str, dict[str, list[int]]]:
-    """The name of a source and its files: {file: [bytes, time of the last change]}."""
+    """The name of a source, NAME=PATH or NAME, and its files."""
     name, _, place = source.partition("=")
     place = place or READY.get(name, "")
     if not re.fullmatch(r"\w[\w.-]*", name) or not place:
         raise ValueError(f"source {source!r} is neither NAME=PATH nor one of {', '.join(READY)}")
     if place.startswith("hub:"):
         return name, {place: [len(hub_shards(place, name)) * PART, 0]}
-    root, files = Path(place).expanduser(), []
+    root, files = Path(place).expanduser(), {}
     for path in library() if root == LIBRARY else walk(root) if root.is_dir() else [str(root)]:
         if reason := unfit(path):
             skipped[reason] += 1
         else:
-            files.append(path)
+            stat = os.stat(path)
+            files[path] = [stat.st_size, stat.st_mtime_ns]
     if not files:
         raise ValueError(f"source {name}: {root} neither is nor holds a file of the kinds "
                          f"{', '.join(KINDS)} (skipped: {in_words(skipped) or 'none'})")
     # Sorted, so that the order of the documents depends on nothing but the names.
-    return name, {file: [os.stat(file).st_size, os.stat(file).st_mtime_ns]
-                  for file in sorted(files)}
+    return name, dict(sorted(files.items()))
+
+
+def library_module(path: str) -> str:
+    """A module's path in the library of the running Python, "" for any other file."""
+    if LIBRARY not in Path(path).parents:
+        return ""
+    name = Path(path).relative_to(LIBRARY)
+    return "" if NOT_CODE.intersection(name.parts) else str(name)
 
 
 def library() -> list[str]:
-    """The modules of the running Python's library, about 10 MB; its docstrings are 2 MB."""
-    return [str(path) for path in LIBRARY.rglob("*.py")
-            if not NOT_CODE.intersection(path.relative_to(LIBRARY).parts)
-            and not path.name.startswith("_sysconfigdata")]
+    """The library's modules, about 10 MB; their docstrings are 2 MB."""
+    return [path for path in map(str, LIBRARY.rglob("*.py"))
+            if library_module(path) and "_sysconfigdata" not in path]
+
+
+def docstrings(path: str) -> bytes:
+    """The docstrings of a module. It is not imported."""
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(Path(path).read_bytes()))
+             if isinstance(node, kinds)]
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes))).encode()
 
 
 def walk(root: Path) -> Iterator[str]:
     """The files in a folder. Folders that are linked are followed, each folder once."""
     seen, unreadable = set(), []
     for folder, folders, names in os.walk(root, onerror=unreadable.append, followlinks=True):
+        place = os.path.realpath(folder)
         folders.sort()
-        if os.path.realpath(folder) in seen:
+        if place in seen:
             folders.clear()
         else:
             yield from (os.path.join(folder, name) for name in names)
-        seen.add(os.path.realpath(folder))
+        seen.add(place)
     yield from (error.filename for error in unreadable)
 
 
@@ -607,48 +682,13 @@ def unfit(path: str) -> str:
         return "files in .ipynb_checkpoints"
     if not os.path.exists(path):
         return "dangling links"
-    if os.path.isfile(path) and not path.endswith(KINDS):
+    if not os.path.isdir(path) and not (os.path.isfile(path) and path.endswith(KINDS)):
         return "files of other kinds"
     try:
         with open(path, "rb") as file:
             return "git-lfs pointers" if file.read(len(LFS)) == LFS else ""
     except OSError:
         return "unreadable files or folders"
-
-
-def cut_parts(found: dict[str, dict[str, list[int]]]) -> list[Part]:
-    """Group small files, and cut large ones, into parts of about PART bytes."""
-    spans, position = defaultdict(list), 0
-    for source, files in found.items():
-        for file, (size, _) in files.items():
-            step = PART if file.endswith(SPANNED) or file.startswith("hub:") else size or 1
-            for start in range(0, size, step):
-                stop = min(start + step, size)
-                spans[source, position // PART].append(Span(file, start, stop))
-                position += stop - start
-    return [Part(source, group) for (source, _), group in spans.items()]
-
-
-def read(source: str, span: Span, field: str | None = None) -> Iterator[Record]:
-    """The documents of a span, one after another: no more than a few are in memory."""
-    with one_sentence(f"source {source}: cannot read {span.file}"):
-        if span.file.startswith("hub:"):
-            data, shard = hub_shards(span.file, source)[span.start // PART]
-            yield from itertools.starmap(Record, enumerate(data.shard(data.num_shards, shard), 1))
-        elif span.file.endswith(".parquet"):
-            yield from itertools.starmap(Record, enumerate(parquet_rows(span.file, field), 1))
-        elif source == "general" and LIBRARY in Path(span.file).parents:
-            if span.start == 0:
-                yield Record(1, docstrings(Path(span.file)))
-        else:
-            yield from line_records(span)
-
-
-def docstrings(module: Path) -> bytes:
-    """A module's docstrings. It is not imported."""
-    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    nodes = [node for node in ast.walk(ast.parse(module.read_bytes())) if isinstance(node, kinds)]
-    return "\n\n".join(filter(None, map(ast.get_docstring, nodes))).encode()
 
 
 def parquet_rows(path: str, field: str | None) -> Iterator[dict]:
@@ -672,29 +712,10 @@ def open_lines(path: str) -> BinaryIO:
     return stream
 
 
-def line_records(span: Span) -> Iterator[Record]:
-    """The lines of a .jsonl file. A text file's documents are the lines that begin in one stretch
-    of 32 KiB, so that a single book gives both splits; code is better whole: 1 MiB."""
-    at, line, stop = span.start, 1, span.stop if span.file.endswith(SPANNED) else sys.maxsize
-    stretch = 32 * KIB if span.file.endswith(PLAIN) else 1
-    if span.file.endswith(".py"):
-        stretch = KIB * KIB
-    with open_lines(span.file) as stream:
-        if at:                      # the line before belongs to the span before
-            stream.seek(at - 1)
-            at += len(stream.readline(stop - at + 1)) - 1
-        while at < stop:
-            # Up to the stretch's last byte, and then to the end of the line that this byte is in.
-            row = stream.read(stretch - at % stretch - 1) + stream.readline()
-            if row.strip():
-                yield Record(line, row if at else row.removeprefix(BOM))
-            at, line = at + len(row) if row else stop, line + row.count(b"\n")
-
-
 def lines_before(span: Span) -> int:
     """How many lines of a file come before its span: counted only for an error message."""
     count = 0
-    if span.file.endswith(SPANNED):
+    if span.start and not span.file.startswith("hub:"):
         with open(span.file, "rb") as file:
             while file.tell() < span.start:
                 file.readline()
@@ -734,19 +755,18 @@ TOKENIZER_JSON = """{"version": "1.0",
     "model": {"type": "BPE", "vocab": %s, "merges": %s}}"""
 TOKENIZER_CONFIG = """{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
     "add_bos_token": false, "clean_up_tokenization_spaces": false}"""
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-                   "vocab.json", "merges.txt")
+FILES_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                "chat_template.jinja", "vocab.json", "merges.txt")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.model or tokenizer.json, or the one in a folder or in a run's checkpoint."""
     path = checkpoint_folder(path)
     folder, names = (path, [*READERS]) if path.is_dir() else (path.parent, [path.name])
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES
-             if (folder / name).is_file()}
     for name in names:
-        if name in files and name in READERS:
+        if name in READERS and (folder / name).is_file():
+            files = {file: (folder / file).read_bytes() for file in (name, *FILES_BESIDE)
+                     if (folder / file).is_file()}
             with one_sentence(f"{folder / name} cannot be used as a tokenizer"):
                 return READERS[name](files)
     raise ValueError(f"{path} is no tokenizer: expected {' or '.join(READERS)}, or a folder with "
@@ -775,7 +795,7 @@ def read_roles(files: dict, ids: dict[str, int], eos: str | None, bos: str | Non
 
 def write_tokenizer_json(merges: list[tuple[bytes, bytes]]) -> dict[str, bytes]:
     """The files of a byte-level tokenizer, as transformers and `read_tokenizer_json` read them."""
-    tokens = [*(bytes([b]) for b in range(256)), *map(b"".join, merges)]
+    tokens = [*ALL_BYTES, *map(b"".join, merges)]
     name = {token: token.decode("latin-1").translate(GLYPHS) for token in tokens}
     vocabulary = {name[token]: i for i, token in enumerate(tokens)}
     pairs = [[name[left], name[right]] for left, right in merges]
@@ -825,8 +845,9 @@ def read_tokenizer_json(files: dict[str, bytes]) -> Tokenizer:
     # tiktoken looks a word up before it merges; a tokenizer.json only with ignore_merges.
     known = range(len(ids)) if model.get("ignore_merges") else set(merged)
     ranks = {token: i for i, token in enumerate(pieces) if len(token) == 1 or token and i in known}
-    refuse(f"a vocabulary without the byte {b}" for b in range(256) if bytes([b]) not in ranks)
-    template = json.dumps(content.get("post_processor"))    # what it puts around a text
+    refuse(f"a vocabulary without the byte {b[0]}" for b in ALL_BYTES if b not in ranks)
+    # What it puts around a text.
+    template = json.dumps(content.get("post_processor"), ensure_ascii=False)
     first = re.search(r'"single": \[{"SpecialToken": {"id": "([^"]*)"', template)
     roles = read_roles(files, ids, END, first and first[1], bool(first))
     pattern = word_pattern(content["pre_tokenizer"] or {})
@@ -850,39 +871,50 @@ SUPPORTED = ((2, 3, 1, 2, "a model other than BPE"),        # part, field, defau
              (3, 5, 1, 1, "spaces that are not escaped"))
 
 
-class SentencePiece(Tokenizer):
-    """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken.
+# Words for SentencePiece: no piece has SPACE after another character, so no merge crosses the border
+# before it.
+SPACED = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
+
+
+def sentencepiece_ranks(score: dict[str, float]) -> dict[bytes, int]:
+    """The ranks with which tiktoken makes the merges of SentencePiece. score: of each piece.
 
     SentencePiece merges characters, the best score first, and spells what it does not know in
     bytes; tiktoken merges bytes, the lowest rank first. They agree when the ranks are, in order:
     the 256 bytes; the first bytes of the vocabulary's multi-byte characters; those characters; the
     other pieces by score. Runs of SPACE share one score in Llama-2, and SentencePiece then merges
-    leftmost first, which is the same as longest first. At the end, ranks become ids.
+    leftmost first, which is the same as longest first.
+
+    >>> [*sentencepiece_ranks({"a": 0, "b": 0, "\u20ac": 0, "ab": -2, "ba": -1})][256:]
+    [b'\\xe2\\x82', b'\\xe2\\x82\\xac', b'ba', b'ab']
     """
+    characters = sorted(text.encode() for text in score if len(text) == 1)
+    starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
+    longer = sorted((text for text in score if len(text) > 1),
+                    key=lambda text: (-score[text], -len(text)))
+    tokens = [*ALL_BYTES, *starts, *(c for c in characters if c[1:]), *map(str.encode, longer)]
+    # tiktoken looks a whole word up before it merges, and so finds even a piece that no merges lead
+    # to. Such pieces, which fall apart when a NUL follows, get no rank.
+    trial = Tokenizer([], {token: i for i, token in enumerate(tokens)}, SPACED, {}, 0)
+    unreachable = {text.encode() for text in longer if len(trial.encode(text + "\0")) > 2}
+    return {token: i for i, token in enumerate(t for t in tokens if t not in unreachable)}
+
+
+class SentencePiece(Tokenizer):
+    """Llama-2's kind of vocabulary, SentencePiece BPE with byte fallback, exactly, in tiktoken."""
 
     def __init__(self, vocabulary: list[tuple[str, float, int]], files: dict, *roles: Any):
-        """vocabulary: (text, score, type) by id."""
+        """vocabulary: (text, score, type) by id. roles: EOS, BOS, and whether BOS is put first."""
         normal, fixed, spelled = ({text: i for i, (text, _, kind) in enumerate(vocabulary)
                                    if kind == wanted} for wanted in (NORMAL, USER_DEFINED, BYTE))
         refuse({"a space after another character" for text in normal
                 if SPACE in text.lstrip(SPACE)})
-        characters = sorted(text.encode() for text in normal if len(text) == 1)
-        starts = sorted({c[:n] for c in characters for n in range(2, len(c))})
-        merged = sorted((text for text in normal if len(text) > 1),
-                        key=lambda text: (-vocabulary[normal[text]][1], -len(text)))
-        tokens = [*(bytes([b]) for b in range(256)), *starts, *(c for c in characters if c[1:]),
-                  *map(str.encode, merged)]
-        # No piece has SPACE after another character, so no merge crosses the border before it.
-        pattern = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
-        # tiktoken looks a whole word up before it merges, and so finds even a piece that no merges
-        # lead to. Such pieces, which fall apart when a NUL follows, get no rank.
-        trial = Tokenizer([], {token: i for i, token in enumerate(tokens)}, pattern, {}, 0)
-        lost = {text.encode() for text in merged if len(trial.encode(text + "\0")) > 2}
-        ranks = {token: i for i, token in enumerate(token for token in tokens if token not in lost)}
+        ranks = sentencepiece_ranks({text: vocabulary[i][1] for text, i in normal.items()})
         pieces = [bytes.fromhex(text[3:5]) if kind == BYTE else
                   text.replace(SPACE, " ").encode() if kind in (NORMAL, USER_DEFINED) else b""
                   for text, _, kind in vocabulary]
-        super().__init__(pieces, ranks, pattern, files, *roles)
+        super().__init__(pieces, ranks, SPACED, files, *roles)
+        # What merging gives, rank by rank, as ids: a piece's, or those of its bytes.
         byte_ids = [spelled[text] for text in sorted(spelled)]
         ids = {text.encode(): [i] for text, i in normal.items()}
         self.ids = [ids.get(token) or [byte_ids[b] for b in token] for token in ranks]
@@ -1041,8 +1073,8 @@ def checkpoint_folder(path: str | Path) -> Path:
     as it is. A step that is still being written has another name, step-000320.partial.
     """
     path = Path(path).expanduser()
-    steps = [] if (path / "config.json").exists() else path.glob("step-*[0-9]")
-    return max(steps, key=lambda step: int(step.name[5:]), default=path)
+    steps = [] if (path / "config.json").exists() else path.glob("step-" + "[0-9]" * 6)
+    return max(steps, default=path)
 
 
 @contextmanager
@@ -1056,14 +1088,12 @@ def claim(folder: str | Path) -> Iterator[None]:
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.SoftFileLock(f"{folder}.lock", timeout=3)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except filelock.Timeout:
         raise ValueError(f"another run writes in {folder}: wait for it, or choose another name; if "
                          f"it is gone, delete {lock.lock_file}") from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 # ------------------------------------------------------------------------------ command line
@@ -1097,7 +1127,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\ndata.py: interrupted; the same command goes on\n")
+        parser.exit(130, "\ndata.py: interrupted; prepare goes on with the same command\n")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,15 @@ def test_a_saved_tokenizer_comes_back(bpe, tmp_path):
     assert data.train_bpe([SHAKESPEARE], 299).sha256 != bpe.sha256, "another vocabulary, same hash"
 
 
+def test_a_file_that_is_named_is_read_and_copied_alone(bpe, tmp_path, monkeypatch):
+    """Llama-3's folders hold a tokenizer.model that is none of SentencePiece's."""
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data.load_tokenizer(tmp_path / "tokenizer.json").save("~/copy")
+    assert data.load_tokenizer(tmp_path / "copy").sha256 == bpe.sha256
+
+
 def changed(bpe: data.Tokenizer, change) -> bytes:
     content = json.loads(bpe.files["tokenizer.json"])
     change(content)
@@ -448,6 +457,17 @@ def test_the_files_say_whether_bos_stands_in_front_of_a_prompt(small_model, conf
     front = [{"<s>": 1, "</s>": 2}[first]] if first else []
     assert tokenizer.prompt("a b") == front + tokenizer.encode("a b")
     assert tokenizer.add_bos == bool(first)
+
+
+@pytest.mark.parametrize("name", ["<bos>", "<\uff5cbegin\uff5c>"])
+def test_a_template_says_whether_bos_stands_in_front(bpe, name):
+    def add(content: dict) -> None:
+        content["added_tokens"].append(added_token(content=name))
+        content["post_processor"] = {"type": "TemplateProcessing", "single": [
+            {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+
+    tokenizer = data.read_tokenizer_json({"tokenizer.json": changed(bpe, add)})
+    assert (tokenizer.bos_id, tokenizer.add_bos) == (300, True)
 
 
 def test_an_unknown_end_of_text_token_is_one_sentence(small_model, bpe):
