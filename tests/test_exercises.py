@@ -133,10 +133,10 @@ WRONG = {
          "        if (*merged[i:i + 2],) == pair:\n"
          "            merged[i:i + 2] = [new]\n"
          "    return merged\n"),
-        ("the last pair is missed", "at the word's end", "if (*word",
-         "if i + 2 < len(word) and (*word"),
+        ("the last pair is missed", "at the word's end", "if tuple(word",
+         "if i + 2 < len(word) and tuple(word"),
         ("the last token is lost", "stays as it is", "i < len(word)", "i < len(word) - 1"),
-        ("either order", "the pair's order", "(*word[i:i + 2],) == pair",
+        ("either order", "the pair's order", "tuple(word[i:i + 2]) == pair",
          "(*sorted(word[i:i + 2]),) == pair"),
         ("only the first", "every occurrence", "i += 2", "return merged + word[i + 2:]")],
     "the learning rate's schedule": [
