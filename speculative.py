@@ -47,19 +47,17 @@ probability of acceptance. B, T, S, V as in model.py. u are uniform random numbe
 Try it:  python speculative.py        (after `python train.py`; decodes plainly and speculatively)
 """
 import argparse
-import codecs
 import functools
-import json
-import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from json import dumps
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,13 +68,6 @@ from model import Cache, Linear, RMSNorm, Transformer, load_checkpoint, resolve_
 
 
 # ---------------------------------------------------------------------- distributions and the rule
-
-class Sampling(NamedTuple):
-    """How a distribution is made of logits; the defaults are greedy decoding."""
-    temperature: float = 0.0
-    top_k: int = 0                  # 0: off
-    top_p: float = 1.0              # 1: off
-
 
 def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """The distribution that tokens are drawn from: logits (..., V) -> probabilities, float32 or
@@ -89,9 +80,8 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # Near 0 nothing overflows: differences are divided, and by a number that float32 can hold.
-    smallest = torch.finfo(torch.float32).tiny
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, smallest)
+    # Differences, and nothing below a millionth: so no quotient overflows.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6)
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)           # ties with it are kept
@@ -99,7 +89,7 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     if top_p < 1:
         best, order = p.sort(dim=-1, descending=True, stable=True)
         mass_before = best.cumsum(-1) - best
-        best = best.masked_fill(mass_before >= max(top_p, smallest), 0.0)
+        best = best.masked_fill(mass_before >= max(top_p, 1e-6), 0.0)
         p = p.scatter(-1, order, best / best.sum(-1, keepdim=True))
     return p
 
@@ -123,12 +113,18 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(excess.sum(-1, keepdim=True) > 0, excess, p)
 
 
-def verify(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+class Verdict(NamedTuple):
+    """What a round gives: row b gains tokens[b, :n[b] + 1], its n accepted guesses and x. What
+    stands behind them is meaningless."""
+    tokens: Tensor                  # (B, G+1)
+    n: Tensor                       # (B,)
+
+
+def verify(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Verdict:
     """Leviathan et al. 2023, Algorithm 1, for every row at once and without a branch.
 
     p (B, G+1, V), q (B, G, V or fewer), drafted (B, G), u (B, G+1): G to accept with, one to draw
-    with. Returns tokens (B, G+1) and n (B,): row b gets tokens[b, :n[b] + 1], its n accepted
-    guesses and one token more; what follows is meaningless.
+    x with.
     """
     B, G = drafted.shape
     # q gets a zero for each token that only the target knows, and a zero row: after full
@@ -141,7 +137,7 @@ def verify(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> tuple[Tensor, Te
     n = accepted.cumprod(-1).sum(-1)                                    # (B,) before a rejection
     rows = torch.arange(B, device=p.device)
     x = sample(residual(p[rows, n], q[rows, n]), u[:, G])               # (B,)
-    return F.pad(drafted, (0, 1)).scatter(1, n[:, None], x[:, None]), n
+    return Verdict(F.pad(drafted, (0, 1)).scatter(1, n[:, None], x[:, None]), n)
 
 
 FIRST_GAMMA, MAX_GAMMA = 5, 64      # of gamma "auto": transformers has no maximum, caches need one
@@ -164,21 +160,15 @@ class Drafts(NamedTuple):
     q: Tensor                       # (B, G, V or fewer), the distributions they were drawn from
 
 
-class Verdict(NamedTuple):
-    drafted: Tensor                 # (B, G), the guesses
-    tokens: Tensor                  # (B, G+1), of which each row gets the first n + 1
-    n: Tensor                       # (B,), how many guesses were accepted
-
-
 def plain_step(target: Transformer, cache: Cache, last_two: Tensor, u: Tensor,
-               sampling: Sampling) -> Verdict:
+               sampling: tuple) -> Verdict:
     """Plain decoding: the target reads the last token and draws one more. u (B, 1)."""
-    logits = target(last_two[:, 1:], cache)[:, 0]                       # (B, V)
-    tokens = sample(warp(logits, *sampling), u[:, 0])[:, None]          # (B, 1)
-    return Verdict(tokens[:, :0], tokens, torch.zeros_like(tokens[:, 0]))
+    p = warp(target(last_two[:, 1:], cache)[:, 0], *sampling)           # (B, V)
+    x = sample(p, u[:, 0])                                              # (B,)
+    return Verdict(x[:, None], torch.zeros_like(x))
 
 
-def propose(draft: Transformer, cache: Cache, last_two: Tensor, u: Tensor, sampling: Sampling,
+def propose(draft: Transformer, cache: Cache, last_two: Tensor, u: Tensor, sampling: tuple,
             vocab_size: int) -> Drafts:
     """The draft continues the last two tokens by G guesses, one for each column of u (B, G).
 
@@ -199,12 +189,12 @@ def propose(draft: Transformer, cache: Cache, last_two: Tensor, u: Tensor, sampl
 
 
 def decide(target: Transformer, cache: Cache, last_two: Tensor, drafts: Drafts, u: Tensor,
-           sampling: Sampling) -> Verdict:
+           sampling: tuple) -> Verdict:
     """The target reads the last token and all guesses in one pass, and they are judged.
     u (B, G+1)."""
     logits = target(torch.cat((last_two[:, 1:], drafts.tokens), 1), cache)
     p = warp(logits, *sampling)                                         # (B, G+1, V)
-    return Verdict(drafts.tokens, *verify(p, drafts.q, drafts.tokens, u))
+    return verify(p, drafts.q, drafts.tokens, u)
 
 
 def advance(verdict: Verdict, last_two: Tensor, active: Tensor, target_cache: Cache,
@@ -228,114 +218,67 @@ class Round(NamedTuple):
     """What a round gave each row. Where `tokens` is empty the row had ended before."""
     tokens: list[Tokens]            # the accepted guesses and x, but nothing after a row's end
     accepted: list[int]             # n, which counts all accepted guesses, also those after the end
-    drafted: list[Tokens]           # all guesses
+    gamma: int                      # G, how many guesses each row had
 
 
 @dataclass
 class Stats:
-    """Counts and times of a run, and what the field reports from them."""
+    """Counts of a run, and the figures that the field reports."""
     rounds: int = 0                 # rounds of single rows
     emitted: int = 0                # tokens handed out (not the prompt's)
     drafted: int = 0
-    accepted: int = 0               # counted before EOS or the limit cuts a round short
-    seconds: float = 0.0            # of decoding, and within it of reading prompts and of drafting
-    reading: float = 0.0
-    drafting: float = 0.0
-    tested_at: list[int] = field(default_factory=list)      # by position in the draft: how often
-    accepted_at: list[int] = field(default_factory=list)    # it was reached, and accepted
+    seconds: float = 0.0            # of decoding, with the reading of the prompts
+    tested: Counter = field(default_factory=Counter)        # position in the draft -> how often a
+    accepted: Counter = field(default_factory=Counter)      # guess was tested there, and accepted
 
     def count(self, outcome: Round) -> None:
-        for tokens, n, drafted in zip(*outcome):
-            if not tokens:
-                continue
-            self.rounds += 1
-            self.emitted += len(tokens)
-            self.drafted += len(drafted)
-            self.accepted += n
-            more = [0] * (len(drafted) - len(self.tested_at))
-            self.tested_at += more
-            self.accepted_at += more
-            for i in range(len(drafted)):
-                self.tested_at[i] += i <= n         # it was reached if all before it were accepted
-                self.accepted_at[i] += i < n
-
-    def timed(self, name: str, function: Callable, *args):
-        """Call a function and add the seconds that it takes to the field of that name."""
-        began = time.perf_counter()
-        result = function(*args)
-        if torch.cuda.is_initialized():         # a GPU goes on when the call has returned
-            torch.cuda.synchronize()
-        setattr(self, name, getattr(self, name) + time.perf_counter() - began)
-        return result
+        for tokens, n in zip(outcome.tokens, outcome.accepted):
+            if tokens:
+                self.rounds += 1
+                self.emitted += len(tokens)
+                self.drafted += outcome.gamma
+                self.tested.update(range(min(n + 1, outcome.gamma)))    # the rejected one as well
+                self.accepted.update(range(n))
 
     @property
     def accepted_per_drafted(self) -> float:
         """AMD's acceptance: guesses after a rejection stay in the denominator."""
-        return self.accepted / max(self.drafted, 1)
+        return self.accepted.total() / max(self.drafted, 1)
 
     @property
     def alpha(self) -> float:
         """Leviathan's: accepted over tested, which estimates E[sum min(p, q)] (Corollary 3.6)."""
-        return self.accepted / max(sum(self.tested_at), 1)
+        return self.accepted.total() / self.tested.total()
 
     @property
     def tokens_per_round(self) -> float:
-        return self.emitted / max(self.rounds, 1)
+        return self.emitted / self.rounds
 
     @property
     def tokens_per_s(self) -> float:
-        return self.emitted / max(self.seconds, 1e-9)
-
-
-def expected_tokens(alpha: float, gamma: int) -> float:
-    """Tokens a round if each guess is accepted with probability alpha (Leviathan, eq. 1)."""
-    return sum(alpha**i for i in range(gamma + 1))
-
-
-def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: float,
-                      tokens=1e9, plain_reading=0.0, reading=0.0) -> float:
-    """Leviathan, Theorem 3.8, from the costs of drafting a token and of verifying gamma + 1 (one,
-    in the theorem). When few tokens are written, two things count that the theorem leaves out:
-    reading the prompt, by the target alone and by both models, and that the last round is cut off,
-    in its middle on average. All costs are in steps of plain decoding."""
-    a_round = expected_tokens(alpha, gamma)
-    rounds = (tokens + (a_round - 1) / 2) / a_round
-    round_cost = gamma * draft_cost + verify_cost
-    return (plain_reading + tokens) / (reading + rounds * round_cost)
+        return self.emitted / self.seconds
 
 
 # ---------------------------------------------------------------------------------------- the loop
 
-def until_end(old: Tokens, new: Tokens, limit: int, eos_id: int | None,
-              stop: Callable[[Tokens], bool] | None) -> tuple[Tokens, bool]:
-    """What a row that has the tokens `old` keeps of `new`, and whether it ends with it: at its
-    limit, with EOS (which is kept), or with the first token after which stop(tokens) is true."""
-    for i, token in enumerate(new, 1):
-        if len(old) + i == limit or token == eos_id or stop and stop(old + new[:i]):
-            return new[:i], True
-    return new, False
-
-
 class Decoder:
     """Decodes a batch of prompts with a target, alone or with the help of a draft.
 
-    All tensors that a round changes are made here, once. gamma is a number or "auto" (next_gamma);
-    without a draft a round is one plain step. `length` is how many tokens a row may hold: at most,
+    gamma is a number or "auto" (next_gamma). `length` is how many tokens a row may hold: at most,
     and by default, the target's context. With `graphs` a round on a GPU is two launches (record).
     Raises ValueError for settings that cannot be.
     """
 
     def __init__(self, target: Transformer, draft: Transformer | None = None,
                  gamma: int | str = 5, temperature: float = 0.0, top_k: int = 0,
-                 top_p: float = 1.0, batch: int = 1, length: int | None = None,
-                 graphs: bool = False):
-        self.target, self.draft, self.gamma = target, draft, gamma if draft else 0
-        self.sampling = Sampling(temperature, top_k, top_p)
-        check_settings(self, graphs)
-        self.models = self.fast = [target] if self.gamma == 0 else [target, draft]
+                 top_p: float = 1.0, batch: int = 1, length: int = 2**31, graphs: bool = False):
+        self.sampling, device = (temperature, top_k, top_p), target.device
+        check_settings(gamma, self.sampling, graphs, device)
+        self.models = self.fast = [target, draft] if draft else [target]
+        self.gamma = gamma if draft else 0                  # 0: each round is a plain step
         longest = MAX_GAMMA if self.gamma == "auto" else self.gamma
-        context, device = target.config.max_position_embeddings, target.device
-        self.length = min(length or context, context)
+        self.length = max(1, min(length, target.config.max_position_embeddings))
+        # All tensors that a round changes are made here, once, because graphs need fixed places.
         # G + 1 more places than tokens: the last round may draft beyond the end.
         # In steps of 64, because graphs are compiled again for each size.
         places = -(-(self.length + longest + 1) // 64) * 64
@@ -354,7 +297,7 @@ class Decoder:
         self.last_two.copy_(torch.tensor([(2 * prompt)[-2:] for prompt in prompts]))
         self.active.fill_(1)
         padded = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-        lengths = self.active.new_tensor([len(prompt) for prompt in prompts])
+        lengths = self.active.new_tensor([*map(len, prompts)])
         for unread, model, cache in zip((1, 2), self.models, self.caches):
             cache.position.zero_()
             tokens = padded.clamp(max=model.config.vocab_size - 1)
@@ -365,7 +308,7 @@ class Decoder:
         """propose() with this decoder's tensors; without a draft there is nothing to do."""
         if G:
             return propose(self.fast[1], self.caches[1], self.last_two, self.u[:, :G],
-                           self.sampling, self.target.config.vocab_size)
+                           self.sampling, self.models[0].config.vocab_size)
 
     def run_decide(self, drafts: Drafts | None) -> Verdict:
         """decide() or plain_step(), and advance()."""
@@ -378,101 +321,91 @@ class Decoder:
         advance(verdict, self.last_two, self.active, *self.caches)
         return verdict
 
+    def idle(self, b: int) -> None:
+        """Row b has ended: it gains nothing more, at place 0 of its caches, where there is room."""
+        self.active[b] = 0
+        for cache in self.caches:
+            cache.position[b] = 0
+
+    @torch.inference_mode()
     def generate(self, prompts: list[Tokens], max_new_tokens: int, eos_id: int | None = None,
                  seed: int = 0, stats: Stats | None = None,
                  stop: Callable[[Tokens], bool] | None = None) -> Iterator[Round]:
-        """Yield a Round at a time until all rows have their tokens, met EOS or filled the context.
+        """Yield a Round at a time until each row has max_new_tokens, has met EOS, has filled the
+        context, or stop(its new tokens) is true.
 
-        A row also ends with the first token after which stop(its new tokens) is true. Row b draws
-        from a random stream of its own, seeded by seed + b: it is what it would have been alone
-        (except that with gamma "auto" all rows have one draft length). One run at a time: a new one
-        takes over what the Decoder holds. `stats` counts and times the run, without the time that
-        the caller takes between rounds.
+        Row b draws from a random stream of its own, seeded by seed + b: it is what it would have
+        been alone (except that with gamma "auto" all rows have one draft length). One run at a
+        time: a new one takes over what the Decoder holds. `stats` counts and times the run, without
+        the time that the caller takes between rounds.
         """
         check_request(self, prompts, max_new_tokens)
-        stats = stats or Stats()
-        rounds = self.rounds(prompts, max_new_tokens, eos_id, seed, stats, stop)
-        while outcome := stats.timed("seconds", next, rounds, None):
-            stats.count(outcome)
-            yield outcome
-
-    @torch.inference_mode()
-    def rounds(self, prompts, max_new_tokens, eos_id, seed, stats, stop) -> Iterator[Round]:
-        """The loop itself: read the prompts, then play rounds until every row has ended."""
+        stats, began = stats or Stats(), time.perf_counter()
         generators = [torch.Generator().manual_seed((seed + b) % 2**63)
                       for b in range(len(prompts))]
         new, running = [[] for _ in prompts], set(range(len(prompts)))
         G = FIRST_GAMMA if self.gamma == "auto" else self.gamma
-        stats.timed("reading", self.read, prompts)
+        self.read(prompts)
         while running:
             u = [torch.rand(2 * G + 1, generator=g, dtype=torch.float64) for g in generators]
             self.u[:, :2 * G + 1] = torch.stack(u)
-            drafts = stats.timed("drafting", self.run_propose, G)
-            outcome = to_host(self.run_decide(drafts))
+            outcome = to_host(self.run_decide(self.run_propose(G)))
             if self.gamma == "auto":                    # a batch goes by its median row
                 G = next_gamma(G, statistics.median_low(outcome.accepted[b] for b in running))
             for b, tokens in enumerate(outcome.tokens):
-                outcome.tokens[b] = []
                 if b not in running:
-                    continue
-                limit = min(max_new_tokens, self.length - len(prompts[b]))
-                outcome.tokens[b], ended = until_end(new[b], tokens, limit, eos_id, stop)
-                new[b] += outcome.tokens[b]
-                if ended:
-                    running.remove(b)
-                    self.active[b] = 0
-                    for cache in self.caches:
-                        cache.position[b] = 0           # the row idles where there is room
+                    tokens.clear()
+                for i, token in enumerate(tokens, 1):
+                    new[b].append(token)
+                    if (token == eos_id or len(new[b]) == max_new_tokens or stop and stop(new[b])
+                            or len(prompts[b]) + len(new[b]) == self.length):
+                        del tokens[i:]
+                        running.remove(b)
+                        self.idle(b)
+                        break
+            stats.count(outcome)
+            stats.seconds += time.perf_counter() - began
             yield outcome
+            began = time.perf_counter()
 
 
 def to_host(verdict: Verdict) -> Round:
     """The one transfer of a round: all that the host has to know, in one tensor."""
-    G = verdict.drafted.shape[1]
-    table = torch.cat((verdict.n[:, None], verdict.drafted, verdict.tokens), 1).tolist()
-    return Round(tokens=[row[G + 1:G + 2 + row[0]] for row in table],
-                 accepted=[row[0] for row in table], drafted=[row[1:G + 1] for row in table])
+    rows = torch.cat((verdict.n[:, None], verdict.tokens), 1).tolist()
+    return Round([tokens[:n + 1] for n, *tokens in rows], [n for n, *_ in rows],
+                 verdict.tokens.shape[1] - 1)
 
 
 def complete(target: Transformer, prompts: list[Tokens], max_new_tokens: int, eos_id=None,
              seed=0, stats=None, stop=None, **settings) -> list[Tokens]:
     """The new tokens of each prompt, all in one batch; settings as for Decoder."""
-    length = max(map(len, prompts), default=0) + max(max_new_tokens, 1)
+    length = max(map(len, prompts)) + max_new_tokens
     decoder = Decoder(target, batch=len(prompts), length=length, **settings)
-    new = [[] for _ in prompts]
-    for outcome in decoder.generate(prompts, max_new_tokens, eos_id, seed, stats, stop):
-        for row, tokens in zip(new, outcome.tokens):
-            row += tokens
-    return new
+    rounds = decoder.generate(prompts, max_new_tokens, eos_id, seed, stats, stop)
+    return [sum(row, []) for row in zip(*(outcome.tokens for outcome in rounds))]
 
 
 # ======================= From here on: what makes it practical. You can stop reading. =============
 
-def check_settings(decoder: Decoder, graphs: bool) -> None:
-    (temperature, top_k, top_p), gamma = decoder.sampling, decoder.gamma
-    context = decoder.target.config.max_position_embeddings
-    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
+def check_settings(gamma: int | str, sampling: tuple, graphs: bool, device: torch.device) -> None:
+    temperature, top_k, top_p = sampling
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected "
                          "temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1")
-    if decoder.draft and gamma != "auto" and gamma not in range(1, context + 1):
-        raise ValueError(f"gamma is {gamma!r}: expected auto, or 1 to {context} drafted tokens a "
-                         "round (the target's context)")
-    if graphs and gamma == "auto":
-        raise ValueError("gamma is auto, and a graph is recorded for one draft length: give a "
-                         "number as --gamma, or leave --graphs out")
-    if graphs and decoder.target.device.type != "cuda":
-        raise ValueError("graphs are for a GPU, and this model is not on one: leave --graphs out, "
-                         "or choose another --device")
+    if gamma not in ("auto", *range(1, MAX_GAMMA + 1)):
+        raise ValueError(f"gamma is {gamma!r}: expected auto, or 1 to {MAX_GAMMA} drafted tokens "
+                         "a round")
+    if graphs and (gamma == "auto" or device.type != "cuda"):
+        raise ValueError(f"graphs are for a GPU and for one draft length, not for {device} and "
+                         f"gamma {gamma}: choose others, or leave --graphs out")
 
 
 def check_request(decoder: Decoder, prompts: list[Tokens], max_new_tokens: int) -> None:
-    batch, most, lengths = len(decoder.active), decoder.length - 1, [*map(len, prompts)]
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
-    if not lengths or len(lengths) != batch or not 1 <= min(lengths) <= max(lengths) <= most:
-        raise ValueError(f"got {len(prompts)} prompts of {lengths} tokens, expected {batch} of 1 "
-                         f"to {most}: the context must hold the prompt and a new token, so shorten "
-                         "the prompt, or give one that is not empty")
+    lengths = [*map(len, prompts)]
+    if max_new_tokens < 1 or not 1 <= min(lengths) <= max(lengths) < decoder.length:
+        raise ValueError(f"got prompts of {lengths} tokens and max_new_tokens {max_new_tokens}: "
+                         "expected at least 1 token of each, and prompts of less than "
+                         f"{decoder.length} tokens, so that the context has room for a new one")
 
 
 # -------------------------------------------------------------------- speed: products of a few rows
@@ -549,17 +482,14 @@ def join(layer: nn.Module, norm: str, owner: nn.Module, *names: str) -> None:
     linears, end = [getattr(owner, name) for name in names], 0
     setattr(layer, norm, FewRowsLinear(*linears, norm=getattr(layer, norm)))
     for name, linear in zip(names, linears):
-        start, end = end, end + len(linear.weight)
+        start, end = end, end + linear.out_features
         setattr(owner, name, Part(slice(start, end)))
 
 
-@torch.no_grad()
 def prepare_for_decoding(model: Transformer) -> Transformer:
     """Give a model, in place, products that are fast for few rows. Its layers compute the same:
     input_layernorm now returns all of q, k and v, and q_proj takes its part out of that. It neither
     trains nor saves any more."""
-    if isinstance(model.lm_head, FewRowsLinear):
-        return model                        # it was prepared before
     model.requires_grad_(False)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -568,13 +498,7 @@ def prepare_for_decoding(model: Transformer) -> Transformer:
         attention.o_proj = FewRowsLinear(attention.o_proj)
         mlp.down_proj = FewRowsLinear(mlp.down_proj)
     model.lm_head = FewRowsLinear(model.lm_head)
-    model.named_parameters = refuse_to_save
     return model
-
-
-def refuse_to_save(*args, **kwargs):
-    raise ValueError("this model was prepared for decoding and no longer has its matrices apart: "
-                     "save it before, or load it again")
 
 
 # ----------------------------------------------------------------------- speed: compiled, as graphs
@@ -679,166 +603,95 @@ def load_pair(target: str, draft: str, device: torch.device,
 
 def held_out_prompts(folder: str | Path, tokenizer: Tokenizer, count: int,
                      length: int) -> list[Tokens]:
-    """Prompts of at most `length` tokens that end with the head of a function, each from another
-    held-out file of a data set's source "code": the function's body is left to be written."""
-    corpus, prompts = Corpus(folder, "val", ["code"]), []
+    """Passages of `length` tokens, evenly spaced over the held-out part of a data set's source
+    "code"."""
+    corpus = Corpus(folder, "val", ["code"])
     if corpus.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(f"{folder} was prepared with another tokenizer than the checkpoint has: "
                          "give --prompt, or --data of the checkpoint's own")
-    tokens = corpus.tokens("code")[:2**20]
-    for document in np.split(tokens, (tokens == tokenizer.eos_id).nonzero()[0]):
-        text = tokenizer.decode(document.tolist())
-        heads = [match.end() for match in re.finditer(r"^ *def \w+\(.*\):\n", text, re.M)]
-        if heads:
-            prompts.append(tokenizer.encode(text[:heads[len(heads) // 2]])[-length:])
-    if len(prompts) < count:
-        raise ValueError(f"{folder} has {len(prompts)} held-out files with functions, expected "
-                         f"{count}: prepare more code, or give --prompt")
-    return prompts[::len(prompts) // count][:count]
+    blocks = corpus.blocks("code", length)                              # (N, length + 1)
+    if len(blocks) < count:
+        raise ValueError(f"{folder} has {len(blocks)} held-out passages of {length} tokens, "
+                         f"expected {count}: prepare more code, or give --prompt")
+    return blocks[::len(blocks) // count][:count, :length].tolist()
 
 
 # ------------------------------------------------------------------------------------ command line
 
-def show(tokenizer: Tokenizer, verbose: bool, rounds: Iterator[Round],
-         side: int = 0) -> Iterator[Round]:
-    """The same rounds; the first row is printed as it comes, accepted guesses green on a terminal.
-    """
-    # A token may end in the middle of a UTF-8 sequence: its bytes wait for the rest.
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    green, black = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    print(f"\n--- {('plain', 'speculative')[side]} decoding")
-    for outcome in rounds:
-        tokens, n, drafted = (rows[0] for rows in outcome)
-        if verbose:
-            rejected = drafted[n:] if len(tokens) > n else []
-            accepted, rejected, own = ([*map(tokenizer.decode, zip(part))]
-                                       for part in (tokens[:n], rejected, tokens[n:]))
-            print(f"accepted {accepted} rejected {rejected} then {own}")
-        else:
-            accepted, own = (decode(tokenizer.decode_bytes(part))
-                             for part in (tokens[:n], tokens[n:]))
-            print(f"{green}{accepted}{black}{own}", end="", flush=True)
-        yield outcome
-    print(decode(b"", final=True))
-
-
-def compare(decoders: list[Decoder], prompts: list[Tokens], new: int, seed: int = 0,
-            display: Callable | None = None, **request) -> tuple[list[Stats], list[list[Tokens]]]:
+def compare(decoders: list[Decoder], prompts: list[Tokens], new: int, seed=0,
+            **request) -> list[tuple[Stats, list[Tokens]]]:
     """Decode each prompt with each decoder, in turns so that a drift of the machine's speed meets
-    all; returns their statistics and texts. The first prompt's rounds go through `display`."""
-    stats, texts = [Stats() for _ in decoders], [[] for _ in decoders]
+    all; returns the statistics and texts of each."""
+    results = [(Stats(), []) for _ in decoders]
     for decoder in decoders:
-        list(decoder.generate(prompts[:1], min(new, 32)))       # warm up
+        list(decoder.generate(prompts[:1], 32))                 # warm up
     for i, prompt in enumerate(prompts):
-        for side in sorted(range(len(decoders)), reverse=i % 2 == 1):
-            rounds = decoders[side].generate([prompt], new, seed=seed + i, stats=stats[side],
-                                             **request)
-            if display and i == 0:
-                rounds = display(rounds, side)
-            texts[side].append([token for outcome in rounds for token in outcome.tokens[0]])
-    return stats, texts
+        for decoder, (stats, texts) in zip(decoders, results):
+            rounds = decoder.generate([prompt], new, seed=seed + i, stats=stats, **request)
+            texts.append(sum((outcome.tokens[0] for outcome in rounds), []))
+    return results
 
 
-def figures(plain: Stats, fast: Stats, prompts: int) -> dict:
-    step = (plain.seconds - plain.reading) / plain.rounds       # seconds of a plain step
-    draft_cost = fast.drafting / fast.drafted / step
-    verify_cost = (fast.seconds - fast.reading - fast.drafting) / fast.rounds / step
-    mean_gamma = fast.drafted / fast.rounds
-    predicted = predicted_speedup(fast.alpha, round(mean_gamma), draft_cost, verify_cost,
-                                  fast.emitted / prompts, plain.reading / prompts / step,
-                                  fast.reading / prompts / step)
-    names = ("alpha", "accepted_per_drafted", "tested_at", "accepted_at", "tokens_per_round")
-    return {name: getattr(fast, name) for name in names} | {
-        "plain_tokens_per_s": plain.tokens_per_s, "speculative_tokens_per_s": fast.tokens_per_s,
-        "speedup": fast.tokens_per_s / plain.tokens_per_s, "predicted_speedup": predicted,
-        "draft_cost": draft_cost, "verify_cost": verify_cost, "mean_gamma": mean_gamma,
-        "tokens": fast.emitted}
+# The parameters after the star are the flags of the command line, with their defaults.
+def run(graphs: bool, dtype: str, *, target="out/demo-target", draft="out/demo-draft",
+        data="out/data-demo", prompt="", prompt_file="", max_new_tokens=64, gamma="4",
+        temperature=0.0, top_k=0, top_p=1.0, stop="", seed=0, device="", json="") -> None:
+    if json:
+        check_writable(json)
+    text = read_text(prompt_file) if prompt_file else prompt
+    large, small, tokenizer = load_pair(target, draft, resolve_device(device),
+                                        getattr(torch, dtype))
+    prompts = [tokenizer.prompt(text)] if text else held_out_prompts(data, tokenizer, 16, 64)
+    gamma = int(gamma) if gamma.isdecimal() else gamma
+    decoders = [Decoder(large, helper, gamma, temperature, top_k, top_p, graphs=graphs,
+                        length=max(map(len, prompts)) + max_new_tokens)
+                for helper in (None, small)]
+    (plain, plain_texts), (fast, texts) = compare(
+        decoders, prompts, max_new_tokens, seed, eos_id=tokenizer.eos_id,
+        stop=stop and (lambda new: stop in tokenizer.decode(new)))
+    equal, speedup = texts == plain_texts, fast.tokens_per_s / plain.tokens_per_s
+    places = [f"{fast.accepted[i] / times:.2f} of {times}" for i, times in fast.tested.items()]
+    print(f"""{tokenizer.decode(prompts[0] + texts[0])}
 
-
-def print_table(f: dict) -> None:
-    mode = f"temperature {f['temperature']}" if f["temperature"] else "greedy"
-    agree = {True: "equal", False: "DIFFERENT", None: "not compared (sampled)"}[f["greedy_match"]]
-    gamma = f"auto, {f['mean_gamma']:.1f} on average" if f["gamma"] == "auto" else f["gamma"]
-    positions = [f"{a / t:.2f} of {t}" for a, t in zip(f["accepted_at"], f["tested_at"]) if t]
-    print(f"""
-{mode}, {f["dtype"]}, {f["device"]}, {f["prompts"]} prompts, {f["tokens"]} tokens
-  plain decoding             {f["plain_tokens_per_s"]:.1f} tokens/s
-  speculative decoding       {f["speculative_tokens_per_s"]:.1f} tokens/s
-  speed-up                   {f["speedup"]:.2f}x (predicted {f["predicted_speedup"]:.2f}x: a guess \
-costs {f["draft_cost"]:.3f}, verifying {f["verify_cost"]:.2f} steps)
-  accepted / drafted         {f["accepted_per_drafted"]:.3f} with gamma {gamma}
-  alpha (accepted / tested)  {f["alpha"]:.3f}
-  acceptance by position     {", ".join(positions)}
-  tokens a round             {f["tokens_per_round"]:.2f}
-  outputs                    {agree}""")
-
-
-FLAGS = (       # name, default, help
-    ("--target", "out/demo-target", "checkpoint folder (default: %(default)s)"),
-    ("--draft", "out/demo-draft", "checkpoint folder (default: %(default)s)"),
-    ("--data", "out/data-demo", "data set whose held-out files give the prompts"),
-    ("--max-new-tokens", 64, "default: %(default)s"),
-    ("--gamma", "4", "drafted tokens a round, or auto (default: %(default)s)"),
-    ("--top-k", 0, "0: off"),
-    ("--top-p", 1.0, "1: off"),
-    ("--seed", 0, "default: %(default)s"),
-    ("--json", "", "file to write the figures to"))
+temperature {temperature:g}, {dtype}, {large.device}, {len(prompts)} prompts, {fast.emitted} tokens
+  plain decoding             {plain.tokens_per_s:.1f} tokens/s
+  speculative decoding       {fast.tokens_per_s:.1f} tokens/s
+  speed-up                   {speedup:.2f}x
+  accepted / drafted         {fast.accepted_per_drafted:.3f} with gamma {gamma}
+  alpha (accepted / tested)  {fast.alpha:.3f}
+  acceptance by position     {", ".join(places)}
+  tokens a round             {fast.tokens_per_round:.2f}
+  texts                      {"equal" if equal else "different"}""")
+    if json:
+        figures = {"temperature": temperature, "gamma": gamma, "greedy_match": equal,
+                   "plain_tokens_per_s": plain.tokens_per_s, "speedup": speedup,
+                   "speculative_tokens_per_s": fast.tokens_per_s, "alpha": fast.alpha,
+                   "accepted_per_drafted": fast.accepted_per_drafted,
+                   "tokens_per_round": fast.tokens_per_round}
+        write_whole(json, [dumps(figures, indent=2).encode()])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Decode plainly and speculatively, and compare.")
+    parser = argparse.ArgumentParser(description=(
+        "Continue texts with the target alone and with the draft's help, and compare. The text is "
+        "--prompt, or stands in --prompt-file; without them, 16 passages of the held-out code of "
+        "--data are continued. --gamma is the number of guesses a round, or auto. Temperature 0 is "
+        "greedy decoding, top-k 0 and top-p 1 are off. A text ends behind the string --stop. "
+        "--graphs is for a GPU, where it compiles for minutes and then decodes fastest."))
     parser.error = lambda message: parser.exit(2, f"speculative.py: error: {message}\n")
-    add, texts = parser.add_argument, parser.add_mutually_exclusive_group()
-    texts.add_argument("--prompt", help="text to continue (default: 16 held-out functions)")
-    texts.add_argument("--prompt-file", help="file with the text to continue")
-    for name, default, text in FLAGS:
-        add(name, default=default, type=type(default), help=text)
-    add("--device", help="cpu or cuda (also ROCm); default: the best there is")
-    add("--temperature", type=float, help="default: greedy, and 0.8 as well without --prompt")
-    add("--stop", action="append", default=[], help="string that ends the text; can be repeated")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
-    add("--graphs", action="store_true", help="compiled, as CUDA graphs; starts up for minutes")
-    add("--verbose", action="store_true", help="list each round's guesses, accepted and rejected")
+    for name, default in run.__kwdefaults__.items():
+        parser.add_argument("--" + name.replace("_", "-"), default=default, type=type(default),
+                            help="default: %(default)r")
+    parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--dtype", default="float32",
+                        choices=["float32", "bfloat16", "float16", "float64"])
     args = parser.parse_args(argv)
     try:
-        run(args)
+        run(**vars(args))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"speculative.py: error: {error}\n")
+        parser.error(error)
     except KeyboardInterrupt:
         parser.exit(130, "\nspeculative.py: interrupted\n")
-
-
-def run(args: argparse.Namespace) -> None:
-    if "" in args.stop:
-        raise ValueError("--stop is empty, which every text contains: give a string to stop at")
-    path = args.json and check_writable(args.json)
-    text = read_text(args.prompt_file) if args.prompt_file else args.prompt
-    gamma = int(args.gamma) if args.gamma.isdecimal() else args.gamma
-    device = resolve_device(args.device)
-    target, draft, tokenizer = load_pair(args.target, args.draft, device,
-                                         getattr(torch, args.dtype))
-    prompts = (held_out_prompts(args.data, tokenizer, 16, 64) if text is None
-               else [tokenizer.prompt(text)])
-    length, results = max(map(len, prompts)) + max(args.max_new_tokens, 1), []
-    strings = [string.encode() for string in args.stop]
-    display = functools.partial(show, tokenizer, args.verbose)
-    request = {"eos_id": tokenizer.eos_id, "stop": lambda new: any(
-        string in tokenizer.decode_bytes(new) for string in strings)}
-    print(f"prompt: {tokenizer.decode(prompts[0])}")
-    default = [0.0, 0.8] if text is None else [0.0]
-    for temperature in default if args.temperature is None else [args.temperature]:
-        settings = {"temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
-        decoders = [Decoder(target, helper, gamma, length=length, graphs=args.graphs, **settings)
-                    for helper in (None, draft)]
-        stats, texts = compare(decoders, prompts, args.max_new_tokens, args.seed,
-                               None if results else display, **request)
-        results.append(figures(*stats, len(prompts)) | settings | {
-            "gamma": gamma, "prompts": len(prompts), "seed": args.seed, "dtype": args.dtype,
-            "device": str(device), "greedy_match": None if temperature else texts[0] == texts[1]})
-        print_table(results[-1])
-    if path:
-        sampled = {"sampled": results[1]} if results[1:] else {}
-        write_whole(path, [json.dumps(results[0] | sampled, indent=2).encode() + b"\n"])
 
 
 if __name__ == "__main__":

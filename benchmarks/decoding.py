@@ -30,8 +30,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import check_writable, load_tokenizer, write_whole
 from model import PRESETS, ModelConfig, Transformer, load_checkpoint, resolve_device
-from speculative import (Decoder, Stats, held_out_prompts, predicted_speedup,
-                         prepare_for_decoding)
+from speculative import Decoder, Stats, held_out_prompts, prepare_for_decoding
 
 
 # ------------------------------------------------------------------------------------- the models
@@ -225,21 +224,22 @@ def take_turns(ways: list[Way], prompts: list[list[int]], new: int) -> None:
 
 # ------------------------------------------------------------------------------ what parts cost
 
-def seconds_of(decoder: Decoder, step: Callable, position: int) -> float:
-    """Seconds of one call of `step` where every cache holds `position` tokens."""
-    for cache in decoder.caches:
-        cache.position.fill_(position)
-    stats = Stats()
-    stats.timed("seconds", lambda: None)        # what was asked of a GPU before is done now
-    stats.seconds = 0.0
-    stats.timed("seconds", step)
-    return stats.seconds
+def seconds_of(device: torch.device, step: Callable) -> float:
+    """Seconds of one call, to the end of what it asked a GPU for."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()                                      # what was asked for before is done now
+    began = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - began
 
 
 @torch.inference_mode()
-def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> dict[str, float]:
+def step_costs(plain: Decoder, fast: Decoder, prompts: list[list[int]], G: int) -> dict[str, float]:
     """Seconds of a plain step, of drafting G tokens and of verifying them: medians of 30, taken in
-    turns."""
+    turns. Then those of reading a prompt, by the target alone and by both models: means, taken in
+    turns as well."""
+    device, prompt = plain.models[0].device, prompts[0]
     plain.read([prompt])
     fast.read([prompt])
     drafts = fast.run_propose(G)
@@ -249,13 +249,35 @@ def step_costs(plain: Decoder, fast: Decoder, prompt: list[int], G: int) -> dict
     times = {name: [] for name in parts}
     for _ in range(30):
         for name, (decoder, step) in parts.items():
-            times[name].append(seconds_of(decoder, step, len(prompt)))
-    return {name: statistics.median(values) for name, values in times.items()}
+            for cache in decoder.caches:
+                cache.position.fill_(len(prompt))
+            times[name].append(seconds_of(device, step))
+    costs = {name: statistics.median(values) for name, values in times.items()}
+    readings = [[seconds_of(device, lambda: decoder.read([prompt])) for decoder in (plain, fast)]
+                for prompt in prompts]
+    return costs | dict(zip(("read_plain_s", "read_s"), map(statistics.mean, zip(*readings))))
+
+
+def expected_tokens(alpha: float, gamma: int) -> float:
+    """Tokens a round if each guess is accepted with probability alpha (Leviathan, eq. 1)."""
+    return sum(alpha**i for i in range(gamma + 1))
+
+
+def predicted_speedup(alpha: float, gamma: int, draft_cost: float, verify_cost: float,
+                      tokens=1e9, plain_reading=0.0, reading=0.0) -> float:
+    """Leviathan, Theorem 3.8, from the costs of drafting a token and of verifying gamma + 1 (one,
+    in the theorem). When few tokens are written, two things count that the theorem leaves out:
+    reading the prompt, by the target alone and by both models, and that the last round is cut off,
+    in its middle on average. All costs are in steps of plain decoding."""
+    a_round = expected_tokens(alpha, gamma)
+    rounds = (tokens + (a_round - 1) / 2) / a_round
+    round_cost = gamma * draft_cost + verify_cost
+    return (plain_reading + tokens) / (reading + rounds * round_cost)
 
 
 # ------------------------------------------------------------------------------------ the report
 
-def figures_of(way: Way, sampling: dict, first: Way, prompt: list[int], new: int) -> dict:
+def figures_of(way: Way, sampling: dict, first: Way, prompts: list, new: int) -> dict:
     """The figures of one way, for its row of the table and for --json."""
     stats, plain = way.stats, way.plain or way
     compared = way.plain or first
@@ -269,9 +291,7 @@ def figures_of(way: Way, sampling: dict, first: Way, prompt: list[int], new: int
     row |= {"accepted_per_drafted": stats.accepted_per_drafted, "alpha": stats.alpha,
             "tokens_per_round": stats.tokens_per_round, "mean_gamma": stats.drafted / stats.rounds}
     if way.gamma != "auto":
-        costs = step_costs(plain.decoder, way.decoder, prompt, way.gamma) | {
-            "read_plain_s": plain.stats.reading / plain.prompts,
-            "read_s": stats.reading / way.prompts}
+        costs = step_costs(plain.decoder, way.decoder, prompts[:way.prompts], way.gamma)
         token, drafts, verify, read_plain, read = (part / costs["token_s"]
                                                    for part in costs.values())
         row |= costs | {"graphs": way.decoder.graphs, "predicted_speedup": predicted_speedup(
@@ -388,7 +408,7 @@ def run(args: argparse.Namespace) -> None:
     for sampling in args.sampling:
         ways = all_ways(args, sampling, target, drafts, peers, length)
         take_turns(ways, prompts, new)
-        rows += [figures_of(way, sampling, ways[0], prompts[0], new) for way in ways]
+        rows += [figures_of(way, sampling, ways[0], prompts, new) for way in ways]
         for way, row in zip(ways, rows[-len(ways):]):
             row["tokens"] = way.texts
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else (

@@ -52,9 +52,8 @@ def read_runs(paths: list[str]) -> tuple[list[dict], list[tuple[str, float, floa
                 rows += read_metrics(path)
             else:
                 figures = json.loads(path.read_bytes())
-                for part in filter(None, (figures, figures.get("sampled"))):
-                    points.append(("sampled" if part["temperature"] else "greedy",
-                                   float(part["gamma"]), float(part["speedup"])))
+                points.append(("sampled" if figures["temperature"] else "greedy",
+                               float(figures["gamma"]), float(figures["speedup"])))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a run of train.py (a folder, metrics.jsonl or a CSV) "
                              "and not what `speculative.py --gamma N --json FILE` writes "

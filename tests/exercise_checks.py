@@ -744,11 +744,11 @@ def one_round(m: ModuleType) -> None:
            "last one: its cache has advanced by G + 1")
     other = a_pair(vocab=13)
     tokens, q = m.propose(other.draft, other.draft_cache, other.last_two, other.u[:, :G],
-                          speculative.Sampling(*SAMPLING), 13)
+                          SAMPLING, 13)
     a_tensor("propose: q of a draft that knows more tokens than the target", q, (2, G, 13))
     other = a_pair(draft_vocab=6)           # texts and target have the tokens 6 to 16 besides
     tokens, q = m.propose(other.draft, other.draft_cache, other.last_two, other.u[:, :G],
-                          speculative.Sampling(*SAMPLING), 17)
+                          SAMPLING, 17)
     expect(near(q[:, 0], distributions(other.draft, other.texts)[:, -1]),
            "propose: a token that the draft does not know is read as the last one that it knows")
     decision(m, pair, drafts)
@@ -760,7 +760,7 @@ def proposal(m: ModuleType, pair: SimpleNamespace):
     """propose(): the distributions and the guesses."""
     G = GUESSES
     drafts = m.propose(pair.draft, pair.draft_cache, pair.last_two, pair.u[:, :G],
-                       speculative.Sampling(*SAMPLING), 17)
+                       SAMPLING, 17)
     a_tuple("propose", drafts, 2)
     tokens, q = drafts
     a_tensor("propose: the guesses", tokens, (2, G))
@@ -785,7 +785,7 @@ def decision(m: ModuleType, pair: SimpleNamespace, drafts) -> None:
     p = distributions(pair.target, torch.cat((pair.texts, drafts.tokens), 1))[:, 4:]
     for u in torch.rand(40, 2, G + 1, generator=torch.Generator().manual_seed(4)).double():
         verdict = m.decide(pair.target, pair.target_cache, pair.last_two, drafts, u,
-                           speculative.Sampling(*SAMPLING))
+                           SAMPLING)
         a_tuple("decide", verdict, len(speculative.Verdict._fields))
         verdict = speculative.Verdict(*verdict)
         expect(torch.equal(pair.target_cache.position, torch.tensor([4, 4])),
@@ -797,15 +797,13 @@ def decision(m: ModuleType, pair: SimpleNamespace, drafts) -> None:
         expect(torch.equal(verdict.n, n) and torch.equal(verdict.tokens, tokens),
                "decide: tokens and n are verify's, where p comes from one pass of the target over "
                "the last token of the text and all guesses, with the sampling that was passed")
-        expect(torch.equal(verdict.drafted, drafts.tokens),
-               "decide: the verdict has the guesses as well")
 
 
 def moving(m: ModuleType) -> None:
     """advance(): rows of 0, 1 and all 2 accepted guesses, and one that has ended."""
     tokens = torch.tensor([[10, 0, 0], [11, 12, 0], [13, 14, 15], [16, 16, 16]])
     n = torch.tensor([0, 1, 2, 1])
-    verdict = speculative.Verdict(tokens[:, :2], tokens, n)
+    verdict = speculative.Verdict(tokens, n)
     last_two, active = torch.tensor([[8, 9]]).repeat(4, 1), torch.tensor([1, 1, 1, 0])
     config = small_config()
     target, draft = (model.Cache(config, 4, 16) for _ in range(2))
@@ -833,12 +831,11 @@ def rounds(m: ModuleType) -> None:
     u = torch.rand(4, 2, 2 * G + 1, dtype=torch.float64,
                    generator=torch.Generator().manual_seed(3))
     texts, active = [[], []], torch.ones(2, dtype=torch.int64)
-    sampling = speculative.Sampling(*SAMPLING)
     for v in u:
         drafts = speculative.Drafts(*m.propose(pair.draft, pair.draft_cache, pair.last_two,
-                                               v[:, :G], sampling, 17))
+                                               v[:, :G], SAMPLING, 17))
         verdict = speculative.Verdict(*m.decide(pair.target, pair.target_cache, pair.last_two,
-                                                drafts, v[:, G:], sampling))
+                                                drafts, v[:, G:], SAMPLING))
         m.advance(verdict, pair.last_two, active, pair.target_cache, pair.draft_cache)
         for text, tokens, n in zip(texts, verdict.tokens.tolist(), verdict.n.tolist()):
             text += tokens[:n + 1]

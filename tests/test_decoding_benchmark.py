@@ -4,6 +4,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import oracle
 import pytest
 import torch
 
@@ -65,6 +67,38 @@ def test_a_shape_that_is_too_small_is_refused(tiny):
             decoding.embed_in(tiny(), shape)
 
 
+# ---------------------------------------------------------------------------------- the prediction
+
+def test_expected_tokens_and_speedup_are_the_papers_formulas():
+    for alpha in (0.0, 0.3, 0.9, 1.0):
+        want = oracle.expected_tokens(alpha, 5)
+        assert decoding.expected_tokens(alpha, 5) == pytest.approx(want)
+        predicted = decoding.predicted_speedup(alpha, 5, 0.1, 1.0)
+        assert predicted == pytest.approx(want / (5 * 0.1 + 1)), (
+            "Theorem 3.8: where verifying costs one step, the cost of a round is G c + 1")
+
+
+def test_the_prompt_and_the_last_round_enter_the_prediction():
+    # 10 plain steps after a prompt of 5; 2 tokens a round of 1.5 after 6, the last one cut by half.
+    predicted = decoding.predicted_speedup(1.0, 1, 0.5, 1.0, 10, 5, 6)
+    assert predicted == pytest.approx(15 / (6 + 5.25 * 1.5))
+
+
+def test_the_prediction_is_what_independent_guesses_come_to():
+    """A simulation in which each guess is accepted with probability alpha, and time is counted."""
+    rng, alpha, gamma, new = np.random.default_rng(0), 0.8, 4, 64
+    seconds, prompts = 0.0, 3000
+    for _ in range(prompts):
+        seconds, written = seconds + 3, 0                   # both models read the prompt: 3 steps
+        while written < new:
+            accepted = rng.random(gamma) < alpha
+            written += 1 + int(accepted.cumprod().sum())
+            seconds += gamma * 0.15 + 1.1
+    measured = prompts * (2 + new) / seconds                # the target alone reads it in 2
+    predicted = decoding.predicted_speedup(alpha, gamma, 0.15, 1.1, new, 2, 3)
+    assert abs(predicted / measured - 1) < 0.01, f"predicted {predicted}, simulated {measured}"
+
+
 # ------------------------------------------------------------------------------- the command line
 
 @pytest.fixture(scope="module")
@@ -112,6 +146,11 @@ def test_one_run_makes_the_whole_table(monkeypatch, capsys, work, tmp_path):
         assert all(len(text) == 12 for text in row["tokens"]), "not --max-new-tokens tokens"
         assert row["texts_as_plain"] == (None if row["temperature"] else 2), (
             f"greedy, {row['way']}: speculative texts differ from plain ones")
+        if row["gamma"] in (2, 3):
+            costs = [row[f"{part}_s"] for part in ("drafts", "verify", "read_plain", "read")]
+            drafts, verify, read_plain, read = (cost / row["token_s"] for cost in costs)
+            assert row["predicted_speedup"] == pytest.approx(decoding.predicted_speedup(
+                row["alpha"], row["gamma"], drafts / row["gamma"], verify, 12, read_plain, read))
         if row["gamma"] and "target" in row["draft"] and not row["temperature"]:
             assert row["accepted_per_drafted"] > 0.9, "a model refuses its own function's drafts"
     assert rows[4]["accepted_per_drafted"] < 0.9, "another model's drafts are all accepted"

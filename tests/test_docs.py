@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from model import PRESETS, Cache, ModelConfig, Transformer
-from speculative import (FIRST_GAMMA, MAX_GAMMA, Drafts, Sampling, advance, decide, expected_tokens,
-                         next_gamma, propose, residual, sample, verify)
+from oracle import expected_tokens
+from speculative import (FIRST_GAMMA, MAX_GAMMA, Drafts, advance, decide, next_gamma, propose,
+                         residual, sample, verify)
 from train import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +95,7 @@ def test_the_round_of_the_picture_moves_the_caches_as_it_says():
     config = ModelConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64)
     target, draft = Transformer(config, seed=0), Transformer(config, seed=1)
-    G, greedy = 4, Sampling()
+    G, greedy = 4, (0.0,)
     text, positions = torch.tensor([[5, 6, 7, 8, 9]]), {}
     caches = [Cache(config, 1, 32) for _ in range(2)]
     with torch.no_grad():

@@ -168,7 +168,7 @@ WRONG = {
          "(1 - beta1) * m + beta1"),
         ("the first step's correction always", "to the power of t", "beta2**step", "beta2")],
     "warp": [
-        ("no temperature", "divided by the temperature", " / max(temperature, smallest)", ""),
+        ("no temperature", "divided by the temperature", " / max(temperature, 1e-6)", ""),
         ("one too few", "top-k keeps the k greatest", "topk(top_k)", "topk(max(top_k - 1, 1))"),
         ("the crossing token is cut", "the one that crosses", "best.cumsum(-1) - best",
          "best.cumsum(-1)"),
@@ -350,7 +350,7 @@ RIGHT = {
         "    last = residual(p[b, n], q[b, n]) if n < G else p[b, G]\n"
         "    tokens[b, n] = sample(last[None], u[b, G:])[0]\n"
         "    accepted.append(n)\n"
-        "return tokens, torch.tensor(accepted)"],
+        "return Verdict(tokens, torch.tensor(accepted))"],
     "AMD's draft-length schedule": [
         "if accepted == gamma:\n"
         "    return min(MAX_GAMMA, gamma + 2)\n"
@@ -371,7 +371,7 @@ RIGHT = {
         "return Drafts(torch.stack(guesses, 1), torch.stack(q, 1))",
         "p = [warp(x, *sampling) for x in\n"
         "     target(torch.cat((last_two[:, -1:], drafts.tokens), -1), cache).unbind(1)]\n"
-        "return Verdict(drafts.tokens, *verify(torch.stack(p, 1), drafts.q, drafts.tokens, u))",
+        "return verify(torch.stack(p, 1), drafts.q, drafts.tokens, u)",
         "G = verdict.tokens.shape[1] - 1\n"
         "for b, n in enumerate(verdict.n.tolist()):\n"
         "    more = n + 1 if active[b] else 0\n"

@@ -336,7 +336,7 @@ def test_uncaged_runs_are_asked_for(folder, writer, monkeypatch):
 
 @pytest.mark.parametrize("words, complaint", [
     (["--graphs", "--gamma", "4"], "graphs are for a GPU"),
-    (["--gamma", "600"], "gamma is 600: expected auto, or 1 to 512")])
+    (["--gamma", "600"], "gamma is 600: expected auto, or 1 to 64")])
 def test_settings_that_cannot_be_are_refused_before_anything_is_written(words, complaint, folder,
                                                                         capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "write_programs", lambda *_: pytest.fail("it began"))

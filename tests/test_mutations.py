@@ -65,14 +65,14 @@ BUGS = {
         "depend_on_the_seed", ("torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, "
                                "keepdim=True), 1.0)", "logits.softmax(-1)")),
     "EOS is looked for in the last token alone": (
-        "eos_anywhere", ("token == eos_id or", "token == eos_id and i == len(new) or")),
+        "eos_anywhere", ("token == eos_id or", "token == eos_id and i == len(tokens) or")),
     "token id 0 is taken for no token": (
         "token_0", ("token == eos_id or", "token and token == eos_id or")),
     "a stop string is looked for once a round": (
-        "stop_function", ("stop and stop(", "stop and i == len(new) and stop(")),
+        "stop_function", ("stop and stop(", "stop and i == len(tokens) and stop(")),
     "the last round emits all that it accepted": (
-        "exactly_max_new_tokens", ("len(old) + i == limit",
-                                   "len(old) + i >= limit and i == len(new)")),
+        "exactly_max_new_tokens", ("len(new[b]) == max_new_tokens",
+                                   "len(new[b]) >= max_new_tokens and i == len(tokens)")),
     "all rows advance as the luckiest": (
         "without_a_cache", ("gained = (verdict.n + 1) * active",
                             "gained = (verdict.n.max() + 1) * active")),
@@ -95,7 +95,7 @@ BUGS = {
     "the benchmark counts the prompt": (
         "benchmark_counts", ("self.emitted += len(tokens)", "self.emitted += len(tokens) + 30")),
     "the warm-up is counted": (
-        "benchmark_counts", ("min(new, 32)))", "min(new, 32), stats=stats[0]))")),
+        "benchmark_counts", ("prompts[:1], 32))", "prompts[:1], 32, stats=results[0][0]))")),
     "a probe that cannot fail": (
         "cannot_pack", ("return bool((y == 16).all())", "return True")),
     "model: stale keys beyond a row's position are seen": (

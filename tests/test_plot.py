@@ -21,9 +21,9 @@ def runs(tmp_path, monkeypatch):
                 {"val_bits_per_byte": 3.0 / i} if i % 10 == 0 else {})) + "\n"
             for i in range(1, 101)))
     for gamma in (1, 3, 5):
-        Path(f"{gamma}.json").write_text(json.dumps({
-            "gamma": gamma, "speedup": 1.0 + gamma, "temperature": 0.0,
-            "sampled": {"gamma": gamma, "speedup": 1.5, "temperature": 0.8}}))
+        for name, temperature in ((f"{gamma}.json", 0.0), (f"{gamma}s.json", 0.8)):
+            Path(name).write_text(json.dumps({
+                "gamma": gamma, "speedup": 1.0 + gamma, "temperature": temperature}))
     return tmp_path
 
 
@@ -40,8 +40,8 @@ def test_runs_are_drawn_as_svg(runs):
     pytest.importorskip("matplotlib", reason="matplotlib (the extra `plot`) is not installed")
     pictures = []
     for out in ("one.svg", "two.svg"):
-        plot.main(["base", "code/metrics.jsonl", "1.json", "3.json", "5.json", "--out", out,
-                   "--x-log"])
+        plot.main(["base", "code/metrics.jsonl", "1.json", "3.json", "5.json", "3s.json",
+                   "--out", out, "--x-log"])
         pictures.append(Path(out).read_bytes())
     assert pictures[0] == pictures[1], "the same runs must give the same file"
     for label in (b"training loss", b"held-out bits per byte", b"speed-up", b"gamma", b"sampled",

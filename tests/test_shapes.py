@@ -41,15 +41,15 @@ SHAPE = re.compile(r"\(((?:[A-Z]\b|\d+[A-Z]?\b|heads\b|\.\.\.)[^()]*,[^()]*)\)")
 
 def matches(size: int, words: str, letters: dict, free: str) -> bool:
     """Is this one size of `words`: T, G+1, 2G+1, D/2, heads, B or 1, V or fewer? A free letter
-    that stands alone is bound at its first use."""
+    that stands alone, or as G+1, is bound at its first use."""
     for choice in words.replace("heads", "H or K").split(" or "):
         choice = re.sub(r"(\d)([A-Z])", r"\1*\2", choice.strip())
         if choice == "fewer":
             upper = letters[words.split(" or ")[0].strip()]
             if size <= upper:
                 return True
-        elif choice in free.split() and choice not in letters:
-            letters[choice] = size
+        elif choice.removesuffix("+1") in free.split() and choice[0] not in letters:
+            letters[choice[0]] = size - choice.endswith("+1")
             return True
         elif not re.fullmatch(r"[A-Z0-9 +*/-]+", choice):
             raise ValueError(f"{words!r} is no dimension")
