@@ -324,6 +324,7 @@ print(status("VmHWM") - before, sum(p.nbytes for p in model.parameters()), "symp
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 @pytest.mark.parametrize("suffix, dtype", [("safetensors", "bfloat16"), ("safetensors", "float32"),
                                            ("bin", "bfloat16")])

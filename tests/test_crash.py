@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import flags, losses, place, state, weights     # noqa: F401 (place is a fixture)
+from forks import Fork
+from test_train import flags, losses, metrics, place, state, straight, weights  # noqa: F401
 
 import data
 import train
@@ -25,8 +26,8 @@ from model import load_checkpoint
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(Path(train.__file__))
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-                            "PYTHONPATH": str(Path(SCRIPT).parent)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+               "PYTHONPATH": str(Path(SCRIPT).parent)}
 
 
 def free_port() -> int:
@@ -35,24 +36,34 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def launch(arguments: list[str], world: int = 1, script: str = SCRIPT, environment: dict = {},
-           torchrun: list[str] | None = None, **how) -> subprocess.Popen:
-    """train.py in a process of its own, or in `world` of them as torchrun starts them."""
-    start = [sys.executable, script]
-    if world > 1 or torchrun:
-        torchrun = torchrun or ["--nproc-per-node", str(world), "--master-port", str(free_port())]
-        start = [sys.executable, "-m", "torch.distributed.run", *torchrun, script]
-    return subprocess.Popen(start + arguments, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env=ENVIRONMENT | environment, **how)
+def launch(arguments: list[str], script: str = SCRIPT, environment: dict = {}, **how) -> Fork:
+    """train.py in a process of its own."""
+    return Fork([script, *arguments], ENVIRONMENT | environment, **how)
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
+def launch_side_by_side(arguments: list[str], world: int, script: str = SCRIPT) -> list[Fork]:
+    """train.py in `world` processes that know of each other what torchrun would tell them."""
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [launch(arguments, script, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world)]
+
+
+def torchrun(arguments: list[str], *options: str) -> subprocess.Popen:
+    """torchrun itself, with two processes unless the options are others."""
+    options = options or ("--nproc-per-node", "2", "--master-port", str(free_port()))
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, SCRIPT, *arguments], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT)
+
+
+def finish(process: Fork | subprocess.Popen, code: int = 0) -> str:
     output = process.communicate(timeout=300)[0]
     assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{output}"
     return output
 
 
-def interrupt(process: subprocess.Popen, number: int) -> None:
+def interrupt(process: Fork, number: int) -> None:
     """Send a signal once the run makes steps."""
     for line in process.stdout:
         if line.startswith("step"):
@@ -111,11 +122,11 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(place, tmp_pa
 
 
 def test_nohup_keeps_a_run_alive(place, tmp_path):
-    process = launch(flags(place, tmp_path, steps=300),
-                     preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = launch(flags(place, tmp_path, steps=100),
+                     ignored=(signal.SIGHUP,))
     interrupt(process, signal.SIGHUP)
     finish(process)
-    assert checkpoint_step(tmp_path) == 300
+    assert checkpoint_step(tmp_path) == 100
 
 
 def test_a_second_ctrl_c_ends_at_once(place, tmp_path):
@@ -175,7 +186,7 @@ def test_a_second_run_on_one_name_is_refused(place, tmp_path):
             break
     for more in ([], ["--resume"]) if data.checkpoint_folder(tmp_path / "m").name != "m" else ([],):
         output = finish(launch([*flags(place, tmp_path, steps=10**6), *more]), 2)
-        assert f"another run writes in" in output and f" {first.pid})" in output, output
+        assert f"another run writes in {tmp_path / 'm'}: " in output, output
     first.kill()                        # it leaves its claim behind
     first.communicate()
     train.main(flags(place, tmp_path, steps=5))
@@ -193,9 +204,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(place, tmp_path):
     finish(launch(flags(place, tmp_path, steps=20, save_every=5)))
     size = (data.checkpoint_folder(tmp_path / "m") / "training_state.pt").stat().st_size
 
-    def limit() -> None:                # no file may grow beyond half the optimizer's state
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    output = finish(launch(flags(place, tmp_path / "fresh"), preexec_fn=limit), 2)
+    # No file may grow beyond half the optimizer's state.
+    output = finish(launch(flags(place, tmp_path / "fresh"), file_size=size // 2), 2)
     assert "could not write" in output and "step-000020.partial" in output, output
     process = launch(flags(place, tmp_path / "later", steps=10**6, save_every=5))
     for line in process.stdout:
@@ -209,14 +219,13 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(place, tmp_path):
 
 
 @pytest.mark.parametrize("world, micro_batch", [(2, 4), (2, 2), (4, 1)])
-def test_more_processes_give_the_same_losses(place, tmp_path, world, micro_batch):
-    train.main(flags(place, tmp_path / "one"))
-    finish(launch(flags(place, tmp_path / "more", micro_batch=micro_batch), world))
-    pairs = zip(losses(tmp_path / "one"), losses(tmp_path / "more"), strict=True)
+def test_more_processes_give_the_same_losses(place, straight, tmp_path, world, micro_batch):
+    for process in launch_side_by_side(flags(place, tmp_path, micro_batch=micro_batch), world):
+        finish(process)
+    pairs = zip(losses(straight), losses(tmp_path), strict=True)
     error = max(abs(b / a - 1) for a, b in pairs)
     assert error < 1e-6, f"{world} processes are {error:.1e} off the losses of one"
-    ours, theirs = (json.loads((tmp_path / name / "m" / "metrics.jsonl").read_text()
-                               .splitlines()[-1])["val_bits_per_byte"] for name in ("one", "more"))
+    ours, theirs = (metrics(out)[-1]["val_bits_per_byte"] for out in (straight, tmp_path))
     assert abs(theirs / ours - 1) < 1e-6, f"validation: {theirs} on {world} processes, {ours} on 1"
 
 
@@ -230,14 +239,16 @@ def test_two_processes_start_from_the_folder_that_they_set_aside(place, tmp_path
         train.load_checkpoint = lambda *a, **k: (
             time.sleep(2 * int(os.environ["RANK"])), real(*a, **k))[1]
         train.main(sys.argv[1:])""")
-    finish(launch(flags(place, tmp_path, steps=2, warmup=0, micro_batch=2, init=tmp_path / "m"), 2,
-                  script=str(script)))
+    again = flags(place, tmp_path, steps=2, warmup=0, micro_batch=2, init=tmp_path / "m")
+    for process in launch_side_by_side(again, 2, str(script)):
+        finish(process)
     assert list(tmp_path.glob("m.20*")) and checkpoint_step(tmp_path) == 2
 
 
 def test_two_processes_resume_bitwise(place, tmp_path):
-    finish(launch(flags(place, tmp_path / "straight", micro_batch=2), 2))
-    process = launch(flags(place, tmp_path / "cut", micro_batch=2, log_every=1), 2)
+    for process in launch_side_by_side(flags(place, tmp_path / "straight", micro_batch=2), 2):
+        finish(process)
+    process = torchrun(flags(place, tmp_path / "cut", micro_batch=2, log_every=1))
     children = None
     for line in process.stdout:
         if line.startswith("step 8 "):
@@ -248,21 +259,19 @@ def test_two_processes_resume_bitwise(place, tmp_path):
     output = process.communicate(timeout=300)[0]
     assert children and 8 <= checkpoint_step(tmp_path / "cut") < 20, "it was not cut short"
     command, = re.findall("interrupted; to go on, with the same torchrun options: (.*)", output)
-    finish(launch(shlex.split(command)[1:], 2))
+    finish(torchrun(shlex.split(command)[1:]))
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "cut")
     assert all(torch.equal(a[name], b[name]) for name in a), "two processes resumed differently"
     assert losses(tmp_path / "straight") == losses(tmp_path / "cut")
 
 
-def test_two_nodes_that_share_no_launcher_train_together(place, tmp_path):
+def test_two_nodes_that_share_no_launcher_train_together(place, straight, tmp_path):
     """The README's `torchrun --nnodes 2`, on two launchers of this machine."""
-    train.main(flags(place, tmp_path / "one"))
     common = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "7",
               "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    nodes = [launch(flags(place, tmp_path / "two", micro_batch=2), torchrun=common)
-             for _ in range(2)]
+    nodes = [torchrun(flags(place, tmp_path, micro_batch=2), *common) for _ in range(2)]
     for node in nodes:
         finish(node)
-    pairs = zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True)
+    pairs = zip(losses(straight), losses(tmp_path), strict=True)
     error = max(abs(b / a - 1) for a, b in pairs)
     assert error < 1e-6, f"two nodes are {error:.1e} off the losses of one process"

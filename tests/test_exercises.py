@@ -8,6 +8,7 @@ it stand words of the message that a student has to see.
     pytest tests/test_exercises.py
 """
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -383,10 +384,17 @@ RIGHT = {
 }
 
 
+@functools.cache
+def project(file: str) -> tuple[str, dict]:
+    """A file of the project and its functions."""
+    source = (ROOT / file).read_text()
+    return source, functions(ast.parse(source))
+
+
 def wrong_source(exercise, old: str, new: str) -> str:
     """The file with a wrong answer in it: `old` must stand once in the exercise's functions."""
-    source = (ROOT / exercise.file).read_text()
-    lines, found = source.split("\n"), functions(ast.parse(source))
+    source, found = project(exercise.file)
+    lines = source.split("\n")
     spans = [(found[name].lineno - 1, found[name].end_lineno) for name in exercise.functions]
     count = sum("\n".join(lines[start:end]).count(old) for start, end in spans)
     assert count == 1, (f"{exercise.functions} of {exercise.file} have {count} times, not once: "
@@ -523,6 +531,7 @@ def test_the_code_around_a_blank_is_left_as_it_is():
         blank(AROUND, "a.py", {"h": "exercise 3: h"})
 
 
+@pytest.mark.slow
 def test_check_survives_whatever_a_students_code_does(tmp_path):
     """In one copy: an endless loop, printing, an early end of Python, sys.exit(), an exception, a
     helper function, something that is no tensor."""
@@ -541,12 +550,12 @@ def test_check_survives_whatever_a_students_code_does(tmp_path):
                    "    return 1 - math.comb(n - c, k) / math.comb(n, k)\n")
     with (folder / "train.py").open("a") as file:
         file.write("\nreturn\n")
-    done = run("check", folder, "--json", "--seconds", 5)
+    done = run("check", folder, "--json", "--seconds", 3)
     assert done.returncode == 1 and not done.stderr, done.stderr
     results = json.loads(done.stdout)
     reasons = {r["title"]: r["reason"] for r in results["exercises"]}
     for title, words in {
-            "RMSNorm": "it took more than 5 seconds", "RoPE": "return 2 things",
+            "RMSNorm": "it took more than 3 seconds", "RoPE": "return 2 things",
             "causal attention": "it ended Python",
             "the attention layer": "ValueError: two lines in",
             "SwiGLU": "in line ", "one merge of BPE": "return a list and returned NoneType",
@@ -569,6 +578,7 @@ def test_all_solved_is_exit_status_0(monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("100 of 100 points\n")
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_commands_print(copy, tmp_path):
     """docs/exercises.md: its commands' output and its table are the real ones."""
     page = (ROOT / "docs/exercises.md").read_text()

@@ -247,13 +247,14 @@ def test_the_first_steps_compilation_is_not_in_the_rate(place, tmp_path, monkeyp
 
     def slow(*arguments):
         calls.append(1)
-        time.sleep(2.0 if len(calls) == 1 else 0.02)
+        time.sleep(1.0 if len(calls) == 1 else 0.02)
         return real(*arguments)
     monkeypatch.setattr(train, "loss_of", slow)
     train.main(flags(place, tmp_path, steps=4, warmup=0, log_every=100))
     first, last = metrics(tmp_path)
     assert first["step"] == 1 and "tokens_per_s" not in first, "the first step compiles"
-    assert last["tokens_per_s"] > 3 * ROWS * BLOCK, "the rate counts the first step's time"
+    # Three steps follow: with the first one's second, they would be less than three a second.
+    assert last["tokens_per_s"] > 4 * ROWS * BLOCK, "the rate counts the first step's time"
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +441,9 @@ class Crash(BaseException):
     """Stands for kill -9: nothing in the code may catch it."""
 
 
-def test_a_crash_at_any_system_call_of_a_save_leaves_one_whole_checkpoint(place, tmp_path):
+def test_a_crash_at_any_system_call_of_a_save_leaves_one_whole_checkpoint(place, tmp_path,
+                                                                          monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)       # a process dies here, not the power
     config = train.TrainConfig(name="m", out=str(tmp_path), data=str(place / "data"), block=BLOCK,
                                batch_tokens=BLOCK, micro_batch=1, init=str(place / "init"),
                                warmup=0)
