@@ -42,7 +42,8 @@ time, never quality. (After full acceptance x is drawn from the target's p behin
 
 Symbols are those of Leviathan et al. 2023, "Fast Inference from Transformers via Speculative
 Decoding": p the target's distribution, q the draft's, G the draft length (gamma), alpha the
-probability of acceptance. B, T, S, V as in model.py. u are uniform random numbers in [0, 1).
+probability of acceptance. B, T, S, V as in model.py. u are uniform random numbers in [0, 1), and
+`sampling` is (temperature, top_k, top_p), the arguments of warp().
 
 Try it:  python speculative.py        (after `python train.py`; decodes plainly and speculatively)
 """
@@ -80,7 +81,8 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # Differences, and nothing below a millionth: so no quotient overflows.
+    # The greatest logit becomes 0, and a temperature counts as at least a millionth, so that no
+    # quotient overflows.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6)
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
@@ -88,7 +90,7 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     p = logits.softmax(-1)
     if top_p < 1:
         best, order = p.sort(dim=-1, descending=True, stable=True)
-        mass_before = best.cumsum(-1) - best
+        mass_before = best.cumsum(-1) - best        # 0 for the best token, which always stays
         best = best.masked_fill(mass_before >= max(top_p, 1e-6), 0.0)
         p = p.scatter(-1, order, best / best.sum(-1, keepdim=True))
     return p
@@ -107,7 +109,8 @@ def sample(p: Tensor, u: Tensor) -> Tensor:
 def residual(p: Tensor, q: Tensor) -> Tensor:
     """max(0, p - q), which replaces a rejected guess (section 2.3): (B, V), to be sampled from.
 
-    Where p and q agree up to rounding nothing may be left of it: then p is the limit.
+    If p and q are equal, nothing is left of it. Then a guess is rejected only through rounding, and
+    p itself stands in.
     """
     excess = (p - q).clamp(min=0)
     return torch.where(excess.sum(-1, keepdim=True) > 0, excess, p)
@@ -134,13 +137,13 @@ def verify(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Verdict:
     p_guess = p[:, :G].gather(-1, guess)[..., 0]                        # (B, G)
     q_guess = q[:, :G].gather(-1, guess)[..., 0]
     accepted = u[:, :G] * q_guess < p_guess                             # u < p/q, not divided
-    n = accepted.cumprod(-1).sum(-1)                                    # (B,) before a rejection
+    n = accepted.cumprod(-1).sum(-1)                                    # (B,): before a rejection
     rows = torch.arange(B, device=p.device)
     x = sample(residual(p[rows, n], q[rows, n]), u[:, G])               # (B,)
     return Verdict(F.pad(drafted, (0, 1)).scatter(1, n[:, None], x[:, None]), n)
 
 
-FIRST_GAMMA, MAX_GAMMA = 5, 64      # of gamma "auto": transformers has no maximum, caches need one
+FIRST_GAMMA, MAX_GAMMA = 5, 64      # gamma "auto" starts at 5; the caches have room for 64 guesses
 
 
 def next_gamma(gamma: int, accepted: int) -> int:
@@ -154,6 +157,9 @@ def next_gamma(gamma: int, accepted: int) -> int:
 
 
 # --------------------------------------------------------------------------------------- one round
+
+# `last_two` (B, 2) holds the last two tokens of each row's text: those that the draft has yet to
+# read. The target has yet to read the second of them.
 
 class Drafts(NamedTuple):
     tokens: Tensor                  # (B, G), the guesses d_1 .. d_G
@@ -178,6 +184,7 @@ def propose(draft: Transformer, cache: Cache, last_two: Tensor, u: Tensor, sampl
     tokens, guesses, distributions = last_two, [], []
     for u_i in u.unbind(1):
         tokens = tokens.clamp(max=draft.config.vocab_size - 1)
+        # Only the last token read needs logits.
         logits = draft.lm_head(draft.hidden(tokens, cache)[:, -1])      # (B, V)
         cache.advance(tokens.shape[1])
         q_i = warp(logits[:, :vocab_size], *sampling)
@@ -205,6 +212,7 @@ def advance(verdict: Verdict, last_two: Tensor, active: Tensor, target_cache: Ca
     target_cache.advance(gained)            # it held all but the last token, and does again
     if draft_cache:                         # propose() has moved it by G + 1
         draft_cache.rollback(verdict.tokens.shape[1] - gained)
+    # Behind the two old tokens stand the new ones: the last two begin `gained` places further on.
     places = gained[:, None] + torch.arange(2, device=gained.device)    # (B, 2)
     last_two.copy_(torch.cat((last_two, verdict.tokens), 1).gather(1, places))
 
@@ -228,8 +236,10 @@ class Stats:
     emitted: int = 0                # tokens handed out (not the prompt's)
     drafted: int = 0
     seconds: float = 0.0            # of decoding, with the reading of the prompts
-    tested: Counter = field(default_factory=Counter)        # position in the draft -> how often a
-    accepted: Counter = field(default_factory=Counter)      # guess was tested there, and accepted
+    # For each position in the draft, how often a guess was tested there, and how often accepted. A
+    # guess is tested if all guesses before it were accepted.
+    tested: Counter = field(default_factory=Counter)
+    accepted: Counter = field(default_factory=Counter)
 
     def count(self, outcome: Round) -> None:
         for tokens, n in zip(outcome.tokens, outcome.accepted):
@@ -237,7 +247,7 @@ class Stats:
                 self.rounds += 1
                 self.emitted += len(tokens)
                 self.drafted += outcome.gamma
-                self.tested.update(range(min(n + 1, outcome.gamma)))    # the rejected one as well
+                self.tested.update(range(min(n + 1, outcome.gamma)))    # and the rejected one
                 self.accepted.update(range(n))
 
     @property
@@ -264,9 +274,10 @@ class Stats:
 class Decoder:
     """Decodes a batch of prompts with a target, alone or with the help of a draft.
 
-    gamma is a number or "auto" (next_gamma). `length` is how many tokens a row may hold: at most,
-    and by default, the target's context. With `graphs` a round on a GPU is two launches (record).
-    Raises ValueError for settings that cannot be.
+    A round is run_propose() and run_decide(), and generate() is the loop around them. gamma is a
+    number or "auto" (next_gamma). `length` is how many tokens a row may hold: at most, and by
+    default, the target's context. With `graphs` a round on a GPU is two launches (record). Raises
+    ValueError for settings that cannot be.
     """
 
     def __init__(self, target: Transformer, draft: Transformer | None = None,
@@ -354,12 +365,12 @@ class Decoder:
                 G = next_gamma(G, statistics.median_low(outcome.accepted[b] for b in running))
             for b, tokens in enumerate(outcome.tokens):
                 if b not in running:
-                    tokens.clear()
+                    tokens.clear()                      # it has ended in an earlier round
                 for i, token in enumerate(tokens, 1):
                     new[b].append(token)
                     if (token == eos_id or len(new[b]) == max_new_tokens or stop and stop(new[b])
                             or len(prompts[b]) + len(new[b]) == self.length):
-                        del tokens[i:]
+                        del tokens[i:]                  # nothing follows the end
                         running.remove(b)
                         self.idle(b)
                         break
@@ -404,8 +415,8 @@ def check_request(decoder: Decoder, prompts: list[Tokens], max_new_tokens: int) 
     lengths = [*map(len, prompts)]
     if max_new_tokens < 1 or not 1 <= min(lengths) <= max(lengths) < decoder.length:
         raise ValueError(f"got prompts of {lengths} tokens and max_new_tokens {max_new_tokens}: "
-                         "expected at least 1 token of each, and prompts of less than "
-                         f"{decoder.length} tokens, so that the context has room for a new one")
+                         f"expected at least 1 of each, and prompts of less than {decoder.length}, "
+                         "so that the context has room for a new token")
 
 
 # -------------------------------------------------------------------- speed: products of a few rows
@@ -661,7 +672,7 @@ temperature {temperature:g}, {dtype}, {large.device}, {len(prompts)} prompts, {f
   alpha (accepted / tested)  {fast.alpha:.3f}
   acceptance by position     {", ".join(places)}
   tokens a round             {fast.tokens_per_round:.2f}
-  texts                      {"equal" if equal else "different"}""")
+  texts                      {"equal" if equal else "sampled" if temperature else "DIFFERENT"}""")
     if json:
         figures = {"temperature": temperature, "gamma": gamma, "greedy_match": equal,
                    "plain_tokens_per_s": plain.tokens_per_s, "speedup": speedup,

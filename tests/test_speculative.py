@@ -359,7 +359,7 @@ def test_a_draft_of_shorter_context_changes_nothing(target):
 
 
 @pytest.mark.parametrize("prompts, settings, words", [
-    ([[]], {}, "prompts of"), ([[1] * 64], {}, "room for a new one"),
+    ([[]], {}, "prompts of"), ([[1] * 64], {}, "room for a new token"),
     ([[1] * 9, []], {}, "prompts of"), ([[1]], dict(max_new_tokens=-99), "max_new_tokens"),
     ([[1]], dict(max_new_tokens=0), "max_new_tokens"), ([[1]], dict(gamma=0), "gamma"),
     ([[1]], dict(temperature=-1.0), "temperature"), ([[1]], dict(top_p=0.0), "top_p"),
@@ -628,7 +628,7 @@ def test_held_out_prompts_are_passages_from_the_whole_of_the_held_out_code(tmp_p
     (("--target", "nowhere"), "nowhere"), (("--draft", "stranger"), "another vocabulary"),
     (("--target", "small"), "270 entries"), (("--device", "quantum"), "quantum"),
     (("--gamma", "0"), "gamma"), (("--gamma", "many"), "expected auto, or 1 to 64"),
-    (("--prompt", "x" * 99), "room for a new one"), (("--max-new-tokens", "0"), "max_new_tokens"),
+    (("--prompt", "x" * 99), "room for a new token"), (("--max-new-tokens", "0"), "max_new_tokens"),
     (("--max-new-tokens", "-999"), "max_new_tokens"), (("--dtype", "int8"), "--dtype"),
     (("--top-p", "2"), "top_p"), (("--temperature", "nan"), "temperature nan"),
     (("--device", "meta"), "meta"), (("--bogus",), "--bogus"), (("--seed", "one"), "--seed"),
