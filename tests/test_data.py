@@ -92,6 +92,7 @@ def general() -> dict[str, str]:
     return embedded("general")
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_the_standard_library_and_nothing_else(code):
     files = list(data.find("code", Counter())[1])
     assert files == sorted(files) and len(code) > 300, "the order is not that of the names"
@@ -102,18 +103,21 @@ def test_the_embedded_corpus_is_the_standard_library_and_nothing_else(code):
     assert code == embedded("code"), "a second look finds another corpus"
 
 
+@pytest.mark.slow
 def test_the_general_corpus_is_docstrings_without_importing(general):
     assert not {"antigravity", "turtledemo", "this"} & set(sys.modules), "modules were imported"
     assert "Command-line parsing library" in general["argparse.py"]
     assert sum(map(len, general.values())) > 1_000_000
 
 
+@pytest.mark.slow
 def test_a_held_out_module_is_held_out_of_both_embedded_sources(code, general):
     assert set(general) < set(code) and len(general) > 300, (
         "the same module has another key in the other source, so that docstrings of held-out "
         "sources can be in the training text")
 
 
+@pytest.mark.slow
 def test_what_is_held_out_of_one_embedded_source_is_held_out_of_the_other(bpe, tmp_path,
                                                                             monkeypatch, general):
     names = ["argparse.py", "ast.py", "bisect.py", "heapq.py", "shutil.py", "uuid.py"]
@@ -129,6 +133,7 @@ def test_what_is_held_out_of_one_embedded_source_is_held_out_of_the_other(bpe, t
         assert general[name] not in documents(tmp_path / "out", other, "general")
 
 
+@pytest.mark.slow
 def test_the_docstrings_of_a_module_that_is_larger_than_a_part_are_one_document(general,
                                                                                 small_parts):
     parts = data.cut_parts(dict([data.find("general", Counter())]))
@@ -246,7 +251,7 @@ def test_a_byte_order_mark_is_no_text(bpe, tmp_path):
 
 
 def test_a_line_of_any_length_is_read_and_the_next_ones_keep_their_numbers(bpe, tmp_path, capfd):
-    long = "word " * 4_000_000      # 20 MB, in parts of 1 MiB
+    long = "word " * 1_000_000      # 5 MB, in parts of 1 MiB
     (tmp_path / "x.jsonl").write_text("\n".join(
         [json.dumps({"text": "a"}), json.dumps({"text": long}), "{", *["{}" + " " * 200_000] * 20]))
     data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out", val_fraction=0)
@@ -442,6 +447,7 @@ def test_large_vocabularies_are_stored_in_32_bits(bpe, tmp_path):
     assert documents(tmp_path / "out", "train") == [story(i) for i in range(5)]
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_continues_to_the_same_bytes(bpe, tmp_path, monkeypatch):
     """Stopped at each file that takes its name or goes, in the parent process or in a worker."""
     monkeypatch.setattr(data, "PART", 3000)
@@ -526,6 +532,7 @@ def assert_gone(workers: list[str]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_process_and_costs_no_finished_part(bpe, tmp_path):
     write_jsonl(tmp_path / "in.jsonl", range(700), words=300)
     bpe.save(tmp_path / "bpe")
