@@ -568,6 +568,7 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(bpe, tmp_path):
     subprocess.run(arguments, env=ENVIRONMENT, check=True)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_for_memory_is_one_sentence(bpe, tmp_path):
     write_jsonl(tmp_path / "in.jsonl", range(700), words=300)
     bpe.save(tmp_path / "bpe")
@@ -603,6 +604,7 @@ def test_what_is_finished_is_not_read_again(bpe, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_a_second_preparation_of_a_folder_is_refused(bpe, tmp_path):
     path = write_jsonl(tmp_path / "in.jsonl", range(30))
     bpe.save(tmp_path / "bpe")
@@ -623,6 +625,7 @@ def test_a_second_preparation_of_a_folder_is_refused(bpe, tmp_path):
         sorted(map(story, range(30)))
 
 
+@pytest.mark.slow
 def test_a_lock_is_taken_over_only_from_a_process_that_is_known_to_be_gone(bpe, tmp_path):
     write_jsonl(tmp_path / "in.jsonl", range(30))
     out, lock = tmp_path / "out", tmp_path / "out.lock"

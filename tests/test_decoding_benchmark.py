@@ -131,6 +131,7 @@ def run_main(monkeypatch, capsys, work, *flags) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_one_run_makes_the_whole_table(monkeypatch, capsys, work, tmp_path):
     path = tmp_path / "figures.json"
     code, out, err = run_main(

@@ -276,7 +276,7 @@ def test_a_program_in_the_cage_has_a_session_of_its_own():
 def test_attacks_side_by_side_do_not_change_each_other(survivors):
     programs = [ATTACKS["a file of 100 MB"], ATTACKS["an infinite loop"], RIGHT, RIGHT]
     with ThreadPoolExecutor(4) as pool:
-        passed = list(pool.map(lambda p: evaluate.run_program(p, CHECK, "f", seconds=3), programs))
+        passed = list(pool.map(lambda p: evaluate.run_program(p, CHECK, "f", seconds=2), programs))
     assert passed == [False, False, True, True]
     assert not survivors(), "something was left running"
 
