@@ -416,7 +416,8 @@ def test_auto_gamma_reaches_its_maximum_and_still_fits(target):
     rounds = list(decoder.generate([[5, 6]], 1198))
     assert max(outcome.gamma for outcome in rounds) == MAX_GAMMA
     text = torch.tensor([[5, 6] + [t for r in rounds for t in r.tokens[0]]])
-    assert text.shape == (1, 1200) and torch.equal(model(text[:, :-1]).argmax(-1)[:, 1:], text[:, 2:])
+    assert text.shape == (1, 1200)
+    assert torch.equal(model(text[:, :-1]).argmax(-1)[:, 1:], text[:, 2:])
 
 
 def test_a_batch_takes_the_draft_length_from_its_median_row(target, draft):
