@@ -166,7 +166,7 @@ def attention_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class Past(NamedTuple):
-    """What attention needs to read T new tokens behind older ones: one layer's share of a Cache.
+    """What attention needs to read T new tokens after older ones: one layer's share of a Cache.
 
     The keys and values of a token depend on the tokens before it alone, so they are computed once
     and kept. A row of the cache has S places, most of them still empty, and the new tokens take the

@@ -38,7 +38,7 @@ The rule, at one place of the text and with a vocabulary of three tokens:
     guessed and accepted, or replaced            0.60   0.30   0.10   1.00 = p
 
 It comes out as p for any q, since min(p, q) + max(0, p - q) = p: a draft that guesses badly costs
-time, never quality. (After full acceptance x is drawn from the target's p behind the last guess.)
+time, never quality. (After full acceptance x is drawn from the target's p after the last guess.)
 
 Symbols are those of Leviathan et al. 2023, "Fast Inference from Transformers via Speculative
 Decoding": p the target's distribution, q the draft's, G the draft length (gamma), alpha the
@@ -118,7 +118,7 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 class Verdict(NamedTuple):
     """What a round gives: row b gains tokens[b, :n[b] + 1], its n accepted guesses and x. What
-    stands behind them is meaningless."""
+    follows them is meaningless."""
     tokens: Tensor                  # (B, G+1)
     n: Tensor                       # (B,)
 
@@ -212,7 +212,7 @@ def advance(verdict: Verdict, last_two: Tensor, active: Tensor, target_cache: Ca
     target_cache.advance(gained)            # it held all but the last token, and does again
     if draft_cache:                         # propose() has moved it by G + 1
         draft_cache.rollback(verdict.tokens.shape[1] - gained)
-    # Behind the two old tokens stand the new ones: the last two begin `gained` places further on.
+    # The new tokens follow the two old ones: the last two begin `gained` places further on.
     places = gained[:, None] + torch.arange(2, device=gained.device)    # (B, 2)
     last_two.copy_(torch.cat((last_two, verdict.tokens), 1).gather(1, places))
 
@@ -313,7 +313,7 @@ class Decoder:
             cache.position.zero_()
             tokens = padded.clamp(max=model.config.vocab_size - 1)
             model.hidden(tokens.to(model.device), cache)
-            cache.advance(lengths - unread)             # what is behind it stays unseen
+            cache.advance(lengths - unread)             # what lies beyond stays unseen
 
     def run_propose(self, G: int) -> Drafts | None:
         """propose() with this decoder's tensors; without a draft there is nothing to do."""
@@ -687,7 +687,7 @@ def main(argv: list[str] | None = None) -> None:
         "Continue texts with the target alone and with the draft's help, and compare. The text is "
         "--prompt, or stands in --prompt-file; without them, 16 passages of the held-out code of "
         "--data are continued. --gamma is the number of guesses a round, or auto. Temperature 0 is "
-        "greedy decoding, top-k 0 and top-p 1 are off. A text ends behind the string --stop. "
+        "greedy decoding, top-k 0 and top-p 1 are off. A text ends after the string --stop. "
         "--graphs is for a GPU, where it compiles for minutes and then decodes fastest."))
     parser.error = lambda message: parser.exit(2, f"speculative.py: error: {message}\n")
     for name, default in run.__kwdefaults__.items():
