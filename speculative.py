@@ -1,11 +1,11 @@
-"""Speculative decoding: a small draft model guesses, the large target checks, and nothing is lost.
+"""Speculative decoding: a small draft model guesses, the large target checks, nothing is lost.
 
 A language model writes one token at a time, and for each token the machine fetches all of the
-model's weights from memory, which takes most of the time. To run over six tokens in one pass takes
-hardly longer than over one, because the weights are fetched once either way. So a small model, the
-draft, guesses a few tokens; the large one, the target, reads all of them in one pass; and a rule
-accepts or replaces them in such a way that the text has exactly the distribution that the target
-alone would have given it. Only a clock can tell the difference.
+model's weights from memory, which takes most of the time. To read five tokens in one pass takes
+hardly longer than to read one, because the weights are fetched once either way. So a small model,
+the draft, guesses a few tokens; the large one, the target, reads all of them in one pass; and a
+rule accepts or replaces them in such a way that the text has exactly the distribution that the
+target alone would have given it. Only the time differs.
 
 One round. The text so far is t1 .. t5, and the draft guesses G = 4 tokens, d1 .. d4. Each model
 has a cache of the tokens it has read. Between rounds the target has yet to read the last token of
@@ -25,7 +25,7 @@ to G + 1 tokens. What a cache holds of rejected guesses is forgotten by moving i
 (model.Cache). The draft never reads its last guess, d4. After full acceptance it has to catch up on
 it, and that is why it begins every round with two tokens instead of one.
 
-The rule, at one place of the text and with a vocabulary of three tokens:
+The rule, at one place in the text and with a vocabulary of three tokens:
 
     token                                          a      b      c     sum
     the target's probabilities, p                0.60   0.30   0.10   1.00
@@ -33,8 +33,8 @@ The rule, at one place of the text and with a vocabulary of three tokens:
     the guess is accepted with min(1, p/q)       1.00   1.00   0.20
     guessed and accepted: min(p, q)              0.30   0.20   0.10   0.60 = alpha
     residual, what p still lacks: max(0, p - q)  0.30   0.10   0.00   0.40 = 1 - alpha
-    after a rejection, x is drawn from it / sum  0.75   0.25   0.00   1.00
-    rejected and replaced: 0.40 times that       0.30   0.10   0.00   0.40
+    after a rejection, x: residual / its sum     0.75   0.25   0.00   1.00
+    rejected and replaced: 0.40 * the row above  0.30   0.10   0.00   0.40
     guessed and accepted, or replaced            0.60   0.30   0.10   1.00 = p
 
 It comes out as p for any q, since min(p, q) + max(0, p - q) = p: a draft that guesses badly costs
@@ -42,7 +42,7 @@ time, never quality. (After full acceptance x is drawn from the target's p after
 
 Symbols are those of Leviathan et al. 2023, "Fast Inference from Transformers via Speculative
 Decoding": p the target's distribution, q the draft's, G the draft length (gamma), alpha the
-probability of acceptance. B, T, S, V as in model.py. u are uniform random numbers in [0, 1), and
+probability of acceptance. B, T, S, V as in model.py. u holds uniform random numbers in [0, 1), and
 `sampling` is (temperature, top_k, top_p), the arguments of warp().
 
 Try it:  python speculative.py        (after `python train.py`; decodes plainly and speculatively)
@@ -75,8 +75,9 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     wider.
 
     Temperature 0 puts all mass on the best token (the first of equals), so that greedy decoding
-    needs no code of its own below. The order of the three is that of transformers. The draft's
-    distributions are made here as well: the rule needs the very q that a guess was drawn from.
+    needs no code of its own below. The three apply in this order, as in Hugging Face transformers.
+    The draft's distributions are made here as well: the rule needs the very q that a guess was
+    drawn from.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
@@ -86,7 +87,7 @@ def warp(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float 
     logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-6)
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)           # ties with it are kept
+        logits = logits.masked_fill(logits < kth, -torch.inf)           # what ties with it stays
     p = logits.softmax(-1)
     if top_p < 1:
         best, order = p.sort(dim=-1, descending=True, stable=True)
@@ -100,14 +101,14 @@ def sample(p: Tensor, u: Tensor) -> Tensor:
     """Inverse CDF: for p (B, V), u (B,) the first token whose running sum exceeds u * sum(p).
 
     p need not be normalised. Sums are float64: in float32 a running sum over 32,000 entries is
-    wrong by more than the least likely tokens have.
+    wrong by more than the probability of the least likely tokens.
     """
     cdf = p.cumsum(-1, dtype=torch.float64)                             # (B, V)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """max(0, p - q), which replaces a rejected guess (section 2.3): (B, V), to be sampled from.
+    """max(0, p - q), (B, V): what replaces a rejected guess is drawn from it (section 2.3).
 
     If p and q are equal, nothing is left of it. Then a guess is rejected only through rounding, and
     p itself stands in.
@@ -130,14 +131,14 @@ def verify(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Verdict:
     x with.
     """
     B, G = drafted.shape
-    # q gets a zero for each token that only the target knows, and a zero row: after full
-    # acceptance the residual p - q is then p itself, and the last token is no special case.
+    # q gets zeros for the tokens that only the target knows (F.pad takes the last dimension first),
+    # and a zero row at place G: after full acceptance, n = G, the residual p - 0 is p itself.
     q = F.pad(q, (0, p.shape[-1] - q.shape[-1], 0, 1))                  # (B, G+1, V)
     guess = drafted[..., None]
     p_guess = p[:, :G].gather(-1, guess)[..., 0]                        # (B, G)
     q_guess = q[:, :G].gather(-1, guess)[..., 0]
-    accepted = u[:, :G] * q_guess < p_guess                             # u < p/q, not divided
-    n = accepted.cumprod(-1).sum(-1)                                    # (B,): before a rejection
+    accepted = u[:, :G] * q_guess < p_guess                             # u < p/q, undivided
+    n = accepted.cumprod(-1).sum(-1)                                    # (B,): up to a rejection
     rows = torch.arange(B, device=p.device)
     x = sample(residual(p[rows, n], q[rows, n]), u[:, G])               # (B,)
     return Verdict(F.pad(drafted, (0, 1)).scatter(1, n[:, None], x[:, None]), n)
@@ -149,9 +150,9 @@ FIRST_GAMMA, MAX_GAMMA = 5, 64      # gamma "auto" starts at 5; the caches have 
 def next_gamma(gamma: int, accepted: int) -> int:
     """gamma "auto": the next draft length is G + 2 if all G guesses were accepted, else G - 1.
 
-    This is the schedule of transformers 4.37, which AMD's table was measured with: it starts at 5
-    with every prompt. A length is chosen before its tokens are drawn and all of them are judged, so
-    the text keeps the target's distribution.
+    This is the schedule of Hugging Face transformers 4.37, with which AMD measured AMD-135M as a
+    draft: it starts at 5 for every prompt. A length is chosen before its tokens are drawn and all
+    of them are judged, so the text keeps the target's distribution.
     """
     return min(gamma + 2, MAX_GAMMA) if accepted == gamma else max(gamma - 1, 1)
 
@@ -176,10 +177,10 @@ def plain_step(target: Transformer, cache: Cache, last_two: Tensor, u: Tensor,
 
 def propose(draft: Transformer, cache: Cache, last_two: Tensor, u: Tensor, sampling: tuple,
             vocab_size: int) -> Drafts:
-    """The draft continues the last two tokens by G guesses, one for each column of u (B, G).
+    """The draft continues the text by G guesses, one for each column of u (B, G).
 
-    vocab_size is the target's. Either model may know tokens that the other lacks: the draft's
-    surplus is cut off, and what it has no embedding for it reads as the last one that it has.
+    vocab_size is the target's. If the draft's is larger, its further logits are cut off; if it is
+    smaller, it reads each token that it does not know as the last one that it knows.
     """
     tokens, guesses, distributions = last_two, [], []
     for u_i in u.unbind(1):
@@ -204,13 +205,13 @@ def decide(target: Transformer, cache: Cache, last_two: Tensor, drafts: Drafts, 
     return verify(p, drafts.q, drafts.tokens, u)
 
 
-def advance(verdict: Verdict, last_two: Tensor, active: Tensor, target_cache: Cache,
-            draft_cache: Cache | None = None) -> None:
+def settle(verdict: Verdict, last_two: Tensor, active: Tensor, target_cache: Cache,
+           draft_cache: Cache | None = None) -> None:
     """Each row gains its n + 1 tokens, or none if it has ended (active is 0): the last step of the
-    picture above. The caches still hold the rest, but beyond their positions."""
+    picture above. What the caches hold of rejected guesses stays beyond their positions."""
     gained = (verdict.n + 1) * active                                   # (B,)
-    target_cache.advance(gained)            # it held all but the last token, and does again
-    if draft_cache:                         # propose() has moved it by G + 1
+    target_cache.advance(gained)            # decide() has read, and has not moved it
+    if draft_cache:                         # propose() has moved it by G + 1, mostly too far
         draft_cache.rollback(verdict.tokens.shape[1] - gained)
     # The new tokens follow the two old ones: the last two begin `gained` places further on.
     places = gained[:, None] + torch.arange(2, device=gained.device)    # (B, 2)
@@ -223,7 +224,7 @@ Tokens = list[int]
 
 
 class Round(NamedTuple):
-    """What a round gave each row. Where `tokens` is empty the row had ended before."""
+    """A Verdict on the host, cut at each row's end. A row that had ended before has no tokens."""
     tokens: list[Tokens]            # the accepted guesses and x, but nothing after a row's end
     accepted: list[int]             # n, which counts all accepted guesses, also those after the end
     gamma: int                      # G, how many guesses each row had
@@ -231,7 +232,7 @@ class Round(NamedTuple):
 
 @dataclass
 class Stats:
-    """Counts of a run, and the figures that the field reports."""
+    """Counts of a run, and the figures that papers report."""
     rounds: int = 0                 # rounds of single rows
     emitted: int = 0                # tokens handed out (not the prompt's)
     drafted: int = 0
@@ -252,13 +253,13 @@ class Stats:
 
     @property
     def accepted_per_drafted(self) -> float:
-        """AMD's acceptance: guesses after a rejection stay in the denominator."""
+        """As AMD counts: guesses after a rejection stay in the denominator."""
         return self.accepted.total() / max(self.drafted, 1)
 
     @property
     def alpha(self) -> float:
         """Leviathan's: accepted over tested, which estimates E[sum min(p, q)] (Corollary 3.6)."""
-        return self.accepted.total() / self.tested.total()
+        return self.accepted.total() / max(self.tested.total(), 1)
 
     @property
     def tokens_per_round(self) -> float:
@@ -277,7 +278,7 @@ class Decoder:
     A round is run_propose() and run_decide(), and generate() is the loop around them. gamma is a
     number or "auto" (next_gamma). `length` is how many tokens a row may hold: at most, and by
     default, the target's context. With `graphs` a round on a GPU is two launches (record). Raises
-    ValueError for settings that cannot be.
+    ValueError for impossible settings.
     """
 
     def __init__(self, target: Transformer, draft: Transformer | None = None,
@@ -285,14 +286,14 @@ class Decoder:
                  top_p: float = 1.0, batch: int = 1, length: int = 2**31, graphs: bool = False):
         self.sampling, device = (temperature, top_k, top_p), target.device
         check_settings(gamma, self.sampling, graphs, device)
-        self.models = self.fast = [target, draft] if draft else [target]
+        self.models = self.forms = [target, draft] if draft else [target]
         self.gamma = gamma if draft else 0                  # 0: each round is a plain step
         longest = MAX_GAMMA if self.gamma == "auto" else self.gamma
         self.length = max(1, min(length, target.config.max_position_embeddings))
         # All tensors that a round changes are made here, once, because graphs need fixed places.
-        # G + 1 more places than tokens: the last round may draft beyond the end.
-        # In steps of 64, because graphs are compiled again for each size.
-        places = -(-(self.length + longest + 1) // 64) * 64
+        # More places than tokens: the last round may draft beyond the end, and a row that has ended
+        # is still computed, from there. In steps of 64: graphs are compiled again for each size.
+        places = -(-(self.length + 2 * longest) // 64) * 64
         self.caches = [Cache(model.config, batch, places, device, model.dtype)
                        for model in self.models]
         self.last_two = torch.zeros(batch, 2, dtype=torch.int64, device=device)
@@ -303,9 +304,13 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, prompts: list[Tokens]) -> None:
-        """Each row's text is now its prompt: the target has yet to read its last token, the draft
-        its last two. A prompt of one token, x, stands as x x there: see model.Cache."""
-        self.last_two.copy_(torch.tensor([(2 * prompt)[-2:] for prompt in prompts]))
+        """Each row's text is now its prompt. All of it is read, and then the positions are set as
+        if its last token (by the target) or last two (by the draft) were not: a round reads them.
+
+        A prompt of one token counts as that token twice, which makes the draft's position -1: see
+        model.Cache.lookup.
+        """
+        self.last_two.copy_(torch.tensor([[*prompt, *prompt][-2:] for prompt in prompts]))
         self.active.fill_(1)
         padded = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
         lengths = self.active.new_tensor([*map(len, prompts)])
@@ -313,30 +318,24 @@ class Decoder:
             cache.position.zero_()
             tokens = padded.clamp(max=model.config.vocab_size - 1)
             model.hidden(tokens.to(model.device), cache)
-            cache.advance(lengths - unread)             # what lies beyond stays unseen
+            cache.advance(lengths - unread)             # what lies beyond is not seen
 
     def run_propose(self, G: int) -> Drafts | None:
         """propose() with this decoder's tensors; without a draft there is nothing to do."""
         if G:
-            return propose(self.fast[1], self.caches[1], self.last_two, self.u[:, :G],
+            return propose(self.forms[1], self.caches[1], self.last_two, self.u[:, :G],
                            self.sampling, self.models[0].config.vocab_size)
 
     def run_decide(self, drafts: Drafts | None) -> Verdict:
-        """decide() or plain_step(), and advance()."""
-        tensors = self.fast[0], self.caches[0], self.last_two
+        """decide() or plain_step(), and settle()."""
+        tensors = self.forms[0], self.caches[0], self.last_two
         if drafts:
             G = drafts.tokens.shape[1]
             verdict = decide(*tensors, drafts, self.u[:, G:2 * G + 1], self.sampling)
         else:
             verdict = plain_step(*tensors, self.u, self.sampling)
-        advance(verdict, self.last_two, self.active, *self.caches)
+        settle(verdict, self.last_two, self.active, *self.caches)
         return verdict
-
-    def idle(self, b: int) -> None:
-        """Row b has ended: it gains nothing more, at place 0 of its caches, where there is room."""
-        self.active[b] = 0
-        for cache in self.caches:
-            cache.position[b] = 0
 
     @torch.inference_mode()
     def generate(self, prompts: list[Tokens], max_new_tokens: int, eos_id: int | None = None,
@@ -345,10 +344,10 @@ class Decoder:
         """Yield a Round at a time until each row has max_new_tokens, has met EOS, has filled the
         context, or stop(its new tokens) is true.
 
-        Row b draws from a random stream of its own, seeded by seed + b: it is what it would have
-        been alone (except that with gamma "auto" all rows have one draft length). One run at a
-        time: a new one takes over what the Decoder holds. `stats` counts and times the run, without
-        the time that the caller takes between rounds.
+        Row b draws from a random stream of its own, seeded by seed + b: its text is what it would
+        be alone, up to rounding (except that with gamma "auto" all rows have one draft length). One
+        run at a time: a new one takes over what the Decoder holds. `stats` counts and times the
+        run, without the time that the caller takes between rounds.
         """
         check_request(self, prompts, max_new_tokens)
         stats, began = stats or Stats(), time.perf_counter()
@@ -372,7 +371,7 @@ class Decoder:
                             or len(prompts[b]) + len(new[b]) == self.length):
                         del tokens[i:]                  # nothing follows the end
                         running.remove(b)
-                        self.idle(b)
+                        self.active[b] = 0
                         break
             stats.count(outcome)
             stats.seconds += time.perf_counter() - began
@@ -412,11 +411,12 @@ def check_settings(gamma: int | str, sampling: tuple, graphs: bool, device: torc
 
 
 def check_request(decoder: Decoder, prompts: list[Tokens], max_new_tokens: int) -> None:
-    lengths = [*map(len, prompts)]
-    if max_new_tokens < 1 or not 1 <= min(lengths) <= max(lengths) < decoder.length:
+    lengths, batch = [*map(len, prompts)], len(decoder.active)
+    if max_new_tokens < 1 or len(lengths) != batch or not all(
+            1 <= length < decoder.length for length in lengths):
         raise ValueError(f"got prompts of {lengths} tokens and max_new_tokens {max_new_tokens}: "
-                         f"expected at least 1 of each, and prompts of less than {decoder.length}, "
-                         "so that the context has room for a new token")
+                         f"expected {batch} prompts of 1 to {decoder.length - 1} tokens, so that "
+                         "the context has room for a new token, and max_new_tokens of at least 1")
 
 
 # -------------------------------------------------------------------- speed: products of a few rows
@@ -438,8 +438,8 @@ class FewRowsLinear(nn.Module):
     """norm(x) W^T for a few rows of x, where W is one matrix or several that read the same x: a
     product that should take no longer than reading W.
 
-    On a CPU, PyTorch's own product has a fast path for one row and falls off it at two; with W
-    packed by oneDNN (laid out in blocks), six rows take 0.9 to 1.2 times as long as one. On a GPU,
+    On a CPU, PyTorch's own product has a fast path for one row and none for two; with W packed by
+    oneDNN (laid out in blocks), six rows take 0.9 to 1.2 times as long as one. On a GPU,
     compiled, one row or two (a draft's first step) take sums() instead. A machine that can do
     neither takes the plain product.
     """
@@ -466,7 +466,7 @@ class FewRowsLinear(nn.Module):
         over the same index compile into one kernel, which reads W at the memory's speed. That each
         output computes the mean of the squares again costs less than a kernel of its own."""
         if x.shape[-1] > 4096:
-            # Has the compiler store x, a SwiGLU's product say, instead of computing it for every
+            # Has the compiler store x, say a SwiGLU's product, instead of computing it for every
             # output. It pays for CodeLlama's 11008 inputs, and does not for AMD-135M's 2048.
             x = x.as_strided(x.shape, x.stride())
         wide, scale = x.to(torch.promote_types(x.dtype, torch.float32))[..., None, :], 1.0
@@ -509,6 +509,7 @@ def prepare_for_decoding(model: Transformer) -> Transformer:
         attention.o_proj = FewRowsLinear(attention.o_proj)
         mlp.down_proj = FewRowsLinear(mlp.down_proj)
     model.lm_head = FewRowsLinear(model.lm_head)
+    model.named_parameters = None           # save_checkpoint would lose the matrices: let it fail
     return model
 
 
@@ -541,7 +542,7 @@ class Compiled(Transformer):
 
 @torch.inference_mode()
 def record(decoder: Decoder) -> bool:
-    """Make CUDA graphs of a decoder's two steps; says whether it went well.
+    """Make CUDA graphs of a decoder's two steps; returns whether that worked.
 
     Launching the hundreds of kernels of a forward pass one by one takes a GPU's host longer than a
     small model takes to compute. All that a step reads and writes has its fixed place in the
@@ -564,7 +565,7 @@ def record(decoder: Decoder) -> bool:
 
     G, propose, decide = decoder.gamma, decoder.run_propose, decoder.run_decide
     try:
-        decoder.fast = [Compiled(model) for model in decoder.models]
+        decoder.forms = [Compiled(model) for model in decoder.models]
         fast_propose = recorded(propose, G) if G else propose
         fast_decide = recorded(decide, run(fast_propose, G))
         if to_host(fast_decide(run(fast_propose, G))) != to_host(decide(run(propose, G))):
@@ -572,7 +573,7 @@ def record(decoder: Decoder) -> bool:
         decoder.run_propose, decoder.run_decide = fast_propose, fast_decide
         return True
     except Exception as error:                  # compilers and drivers have errors of their own
-        decoder.fast, reason = decoder.models, " ".join(str(error).split())
+        decoder.forms, reason = decoder.models, " ".join(str(error).split())
         print(f"graphs are off, they do not work here: {reason:.200}", file=sys.stderr)
         return False
 
@@ -595,7 +596,7 @@ def load(folder: str, device: torch.device, dtype: torch.dtype) -> tuple[Transfo
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.n_vocab} entries, the model "
                          f"{model.config.vocab_size}: use the tokenizer that it was trained with")
     prepare_for_decoding(model)
-    if not model(torch.zeros(1, 1, dtype=torch.int64, device=device)).isfinite().all():
+    if not model(torch.tensor([[0]], device=device)).isfinite().all():
         raise ValueError(f"{folder}: the logits are not finite in {dtype}: the weights are "
                          "damaged, or too large for this --dtype")
     return model, tokenizer
@@ -607,7 +608,7 @@ def load_pair(target: str, draft: str, device: torch.device,
     target_model, tokenizer = load(target, device, dtype)
     draft_model, other = load(draft, device, dtype)
     if any(a != b for a, b in zip(tokenizer.pieces, other.pieces)):
-        raise ValueError(f"{draft} speaks another vocabulary than {target}: a draft must have the "
+        raise ValueError(f"{draft} has another vocabulary than {target}: a draft must have the "
                          "target's tokenizer (it may lack some of the last entries)")
     return target_model, draft_model, tokenizer
 
@@ -632,10 +633,10 @@ def held_out_prompts(folder: str | Path, tokenizer: Tokenizer, count: int,
 def compare(decoders: list[Decoder], prompts: list[Tokens], new: int, seed=0,
             **request) -> list[tuple[Stats, list[Tokens]]]:
     """Decode each prompt with each decoder, in turns so that a drift of the machine's speed meets
-    all; returns the statistics and texts of each."""
+    all alike; returns the statistics and texts of each."""
     results = [(Stats(), []) for _ in decoders]
     for decoder in decoders:
-        list(decoder.generate(prompts[:1], 32))                 # warm up
+        list(decoder.generate(prompts[:1], min(new, 32)))       # warm up
     for i, prompt in enumerate(prompts):
         for decoder, (stats, texts) in zip(decoders, results):
             rounds = decoder.generate([prompt], new, seed=seed + i, stats=stats, **request)
@@ -652,7 +653,8 @@ def run(graphs: bool, dtype: str, *, target="out/demo-target", draft="out/demo-d
     text = read_text(prompt_file) if prompt_file else prompt
     large, small, tokenizer = load_pair(target, draft, resolve_device(device),
                                         getattr(torch, dtype))
-    prompts = [tokenizer.prompt(text)] if text else held_out_prompts(data, tokenizer, 16, 64)
+    prompts = ([tokenizer.prompt(text)] if prompt_file or prompt
+               else held_out_prompts(data, tokenizer, 16, 64))
     gamma = int(gamma) if gamma.isdecimal() else gamma
     decoders = [Decoder(large, helper, gamma, temperature, top_k, top_p, graphs=graphs,
                         length=max(map(len, prompts)) + max_new_tokens)
@@ -662,6 +664,14 @@ def run(graphs: bool, dtype: str, *, target="out/demo-target", draft="out/demo-d
         stop=stop and (lambda new: stop in tokenizer.decode(new)))
     equal, speedup = texts == plain_texts, fast.tokens_per_s / plain.tokens_per_s
     places = [f"{fast.accepted[i] / times:.2f} of {times}" for i, times in fast.tested.items()]
+    if json:
+        figures = {"temperature": temperature, "gamma": gamma,
+                   "greedy_match": None if temperature else equal,
+                   "plain_tokens_per_s": plain.tokens_per_s, "speedup": speedup,
+                   "speculative_tokens_per_s": fast.tokens_per_s, "alpha": fast.alpha,
+                   "accepted_per_drafted": fast.accepted_per_drafted,
+                   "tokens_per_round": fast.tokens_per_round}
+        write_whole(json, [dumps(figures, indent=2).encode()])
     print(f"""{tokenizer.decode(prompts[0] + texts[0])}
 
 temperature {temperature:g}, {dtype}, {large.device}, {len(prompts)} prompts, {fast.emitted} tokens
@@ -673,21 +683,12 @@ temperature {temperature:g}, {dtype}, {large.device}, {len(prompts)} prompts, {f
   acceptance by position     {", ".join(places)}
   tokens a round             {fast.tokens_per_round:.2f}
   texts                      {"equal" if equal else "sampled" if temperature else "DIFFERENT"}""")
-    if json:
-        figures = {"temperature": temperature, "gamma": gamma, "greedy_match": equal,
-                   "plain_tokens_per_s": plain.tokens_per_s, "speedup": speedup,
-                   "speculative_tokens_per_s": fast.tokens_per_s, "alpha": fast.alpha,
-                   "accepted_per_drafted": fast.accepted_per_drafted,
-                   "tokens_per_round": fast.tokens_per_round}
-        write_whole(json, [dumps(figures, indent=2).encode()])
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(
         "Continue texts with the target alone and with the draft's help, and compare. The text is "
-        "--prompt, or stands in --prompt-file; without them, 16 passages of the held-out code of "
-        "--data are continued. --gamma is the number of guesses a round, or auto. Temperature 0 is "
-        "greedy decoding, top-k 0 and top-p 1 are off. A text ends after the string --stop. "
+        "--prompt, or is read from --prompt-file; without them, 16 passages of the held-out code "
+        "of --data are continued. --gamma is the number of guesses a round, or auto. Temperature 0 "
+        "is greedy decoding, top-k 0 and top-p 1 are off. A text ends after the string --stop. "
         "--graphs is for a GPU, where it compiles for minutes and then decodes fastest."))
     parser.error = lambda message: parser.exit(2, f"speculative.py: error: {message}\n")
     for name, default in run.__kwdefaults__.items():

@@ -790,7 +790,7 @@ def decision(m: ModuleType, pair: SimpleNamespace, drafts) -> None:
         verdict = speculative.Verdict(*verdict)
         expect(torch.equal(pair.target_cache.position, torch.tensor([4, 4])),
                "decide: the target's cache stays where it is: how far it moves is known to "
-               "advance() alone")
+               "settle() alone")
         tokens, n = speculative.verify(p, drafts.q, drafts.tokens, u)
         a_tensor("decide: n", verdict.n, (2,))
         a_tensor("decide: tokens", verdict.tokens, (2, G + 1))
@@ -800,7 +800,7 @@ def decision(m: ModuleType, pair: SimpleNamespace, drafts) -> None:
 
 
 def moving(m: ModuleType) -> None:
-    """advance(): rows of 0, 1 and all 2 accepted guesses, and one that has ended."""
+    """settle(): rows of 0, 1 and all 2 accepted guesses, and one that has ended."""
     tokens = torch.tensor([[10, 0, 0], [11, 12, 0], [13, 14, 15], [16, 16, 16]])
     n = torch.tensor([0, 1, 2, 1])
     verdict = speculative.Verdict(tokens, n)
@@ -808,20 +808,20 @@ def moving(m: ModuleType) -> None:
     config = small_config()
     target, draft = (model.Cache(config, 4, 16) for _ in range(2))
     target.position, draft.position = torch.full((4,), 4), torch.full((4,), 3 + 3)
-    m.advance(verdict, last_two, active, target, draft)
+    m.settle(verdict, last_two, active, target, draft)
     expect(target.position.tolist()[:3] == [5, 6, 7],
-           "advance: a row gains n + 1 tokens, and the target has then read all of them but the "
+           "settle: a row gains n + 1 tokens, and the target has then read all of them but the "
            "last one: as many more as the row has gained")
     expect(draft.position.tolist()[:3] == [4, 5, 6],
-           "advance: the draft has to have read all but the last two tokens of each row; propose "
+           "settle: the draft has to have read all but the last two tokens of each row; propose "
            "has moved its cache by G + 1")
     expect(last_two.tolist()[:3] == [[9, 10], [11, 12], [14, 15]],
-           "advance: last_two becomes, in place, the last two tokens of each row's text: with n = "
+           "settle: last_two becomes, in place, the last two tokens of each row's text: with n = "
            "0 one of the old ones is among them")
     expect((target.position[3], draft.position[3], last_two[3].tolist()) == (4, 3, [8, 9]),
-           "advance: a row that has ended (active is 0) gains nothing: afterwards all is as it was "
+           "settle: a row that has ended (active is 0) gains nothing: afterwards all is as it was "
            "before the round")
-    m.advance(verdict, last_two, active, target)        # and it works without a draft's cache
+    m.settle(verdict, last_two, active, target)        # and it works without a draft's cache
 
 
 @torch.no_grad()
@@ -836,7 +836,7 @@ def rounds(m: ModuleType) -> None:
                                                v[:, :G], SAMPLING, 17))
         verdict = speculative.Verdict(*m.decide(pair.target, pair.target_cache, pair.last_two,
                                                 drafts, v[:, G:], SAMPLING))
-        m.advance(verdict, pair.last_two, active, pair.target_cache, pair.draft_cache)
+        m.settle(verdict, pair.last_two, active, pair.target_cache, pair.draft_cache)
         for text, tokens, n in zip(texts, verdict.tokens.tolist(), verdict.n.tolist()):
             text += tokens[:n + 1]
     for b, text in enumerate(texts):
@@ -847,4 +847,4 @@ def rounds(m: ModuleType) -> None:
             pair.texts[b].tolist(), len(text), G, lambda n: next(stream), *SAMPLING)
         expect(text == wanted,
                "four rounds in a row have to write the same text as decoding without a cache: look "
-               "at the state that advance() leaves for the next round")
+               "at the state that settle() leaves for the next round")

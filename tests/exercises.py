@@ -90,7 +90,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate((
      "the docstring of bits_per_byte"),
     ("pass@k", 4, "evaluate.py", ("pass_at_k",), "pass_at_k",
      "the docstring of pass_at_k; Chen et al. 2021, eq. 1"),
-    ("one round", 12, "speculative.py", ("propose", "decide", "advance"), "one_round",
+    ("one round", 12, "speculative.py", ("propose", "decide", "settle"), "one_round",
      "the picture of one round at the top of speculative.py; Leviathan et al. 2023, section 2"),
 ), 1)]
 

@@ -17,7 +17,7 @@ import torch
 
 from model import PRESETS, Cache, ModelConfig, Transformer
 from oracle import expected_tokens
-from speculative import (FIRST_GAMMA, MAX_GAMMA, Drafts, advance, decide, next_gamma, propose,
+from speculative import (FIRST_GAMMA, MAX_GAMMA, Drafts, settle, decide, next_gamma, propose,
                          residual, sample, verify)
 from train import RECIPES
 
@@ -117,8 +117,8 @@ def test_the_round_of_the_picture_moves_the_caches_as_it_says():
         q = torch.zeros_like(drafts.q).scatter_(-1, guesses[..., None], 1)
         verdict = decide(target, caches[0], last_two, Drafts(guesses, q), u, greedy)
         note("`decide`")
-        advance(verdict, last_two, torch.ones(1, dtype=torch.int64), *caches)
-        note("`advance`")
+        settle(verdict, last_two, torch.ones(1, dtype=torch.int64), *caches)
+        note("`settle`")
     assert verdict.n.item() == 2
     assert verdict.tokens[0, :3].tolist() == own[0, 5:8].tolist() and last_two[0, 1] == own[0, 7]
     rows = {row[0]: [int(row[2]), int(row[3])] for row in table_rows(section(2))}
@@ -130,9 +130,9 @@ def test_the_round_of_the_picture_moves_the_caches_as_it_says():
     places = ["t1", "t2", "t3", "t4", "t5", "d1", "d2", "d3", "d4"]
     held = {name: [places[:position] for position in both] for name, both in positions.items()}
     all_read = places[:positions["`decide`"][0] + G + 1]
-    assert drawn["target's cache"] == [held["the round before"][0], all_read, held["`advance`"][0]]
+    assert drawn["target's cache"] == [held["the round before"][0], all_read, held["`settle`"][0]]
     assert drawn["draft's cache"] == [held[name][1] for name in
-                                      ("the round before", "`propose`", "`advance`")]
+                                      ("the round before", "`propose`", "`settle`")]
 
 
 def test_the_three_guesses_are_judged_as_the_page_says():

@@ -82,12 +82,12 @@ BUGS = {
         "another_vocabulary", ("tokens.clamp(max=draft.config.vocab_size - 1)", "tokens")),
     "auto gamma drops a token for what it is": (
         "a_changing_gamma",
-        ("        advance(verdict, self.last_two",     # no x of id 0: the accepted guesses will do
+        ("        settle(verdict, self.last_two",     # no x of id 0: the accepted guesses will do
          "        if self.gamma == 'auto':\n"
          "            x = verdict.tokens.gather(1, verdict.n[:, None])[:, 0]\n"
          "            dropped = ((x == 0) & (verdict.n > 0)).long()\n"
          "            verdict = verdict._replace(n=verdict.n - dropped)\n"
-         "        advance(verdict, self.last_two")),
+         "        settle(verdict, self.last_two")),
     "auto gamma forgets full acceptance": (
         "schedule_of_transformers", ("min(gamma + 2, MAX_GAMMA)", "min(gamma + 1, MAX_GAMMA)")),
     "the benchmark counts the prompt": (

@@ -124,15 +124,23 @@ def test_a_used_decoder_decodes_like_a_fresh_one(target, draft):
 
 def test_a_row_that_has_ended_stands_still_while_others_go_on(target):
     """With the target as its own draft all guesses are accepted, so a row that went on would leave
-    its cache soon. Rows that idle stay at place 0, whatever they are fed."""
+    its cache soon. Rows that have ended stay where they are, whatever they are fed."""
     decoder = Decoder(target, target, 3, batch=2, length=60)
     answers = iter([True])                                  # to row 0's first token, then False
     rounds = list(decoder.generate([[5, 6], [1, 2, 3]], 50, stop=lambda new: next(answers, False)))
     assert [len(r.tokens[0]) for r in rounds] == [1] + [0] * 12, "a row that has ended went on"
     answers = iter([True])
-    for _ in decoder.generate([[5, 6], [1, 2, 3]], 50, stop=lambda new: next(answers, False)):
-        assert [int(cache.position[0]) for cache in decoder.caches] == [0, 0], (
-            "the cache of a row that has ended moves on")
+    positions = [[int(cache.position[0]) for cache in decoder.caches] for _ in decoder.generate(
+        [[5, 6], [1, 2, 3]], 50, stop=lambda new: next(answers, False))]
+    assert all(position == positions[0] for position in positions), (
+        f"the caches of a row that has ended move on: {positions}")
+
+
+def test_a_row_that_ends_last_of_all_its_places_leaves_room_for_the_others(target):
+    """It is computed from where it ended, up to G tokens beyond its length."""
+    decoder = Decoder(target, target, 7, batch=2, length=56)
+    whole, other = decoder.generate([[5, 6], [1] * 39], 60), complete(target, [[5, 6]], 54)
+    assert sum((r.tokens[0] for r in whole), []) == other[0], "the longer row ran out of its cache"
 
 
 # ------------------------------------------------------------------------------ the random numbers

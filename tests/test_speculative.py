@@ -2,6 +2,7 @@
 import copy
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -197,7 +198,7 @@ def test_the_three_probabilities_of_the_docstring_are_what_the_rule_gives():
     *q, total_q = numbers("the draft's, q")
     *both, alpha = numbers("guessed and accepted: min(p, q)")
     *left, rejected = numbers("residual, what p still lacks")
-    *drawn, total_drawn = numbers("after a rejection, x is drawn from it / sum")
+    *drawn, total_drawn = numbers("after a rejection, x: residual / its sum")
     _, *replaced, total_replaced = numbers("rejected and replaced")     # the first is 0.40
     *found, total = numbers("guessed and accepted, or replaced")
     p, q = (torch.tensor([row], dtype=torch.float64) for row in (p, q))
@@ -369,6 +370,23 @@ def test_impossible_settings_get_a_sentence(target, draft, prompts, settings, wo
         complete(target, prompts, **(dict(max_new_tokens=5, draft=draft) | settings))
 
 
+def test_a_decoder_takes_as_many_prompts_as_it_has_rows(target):
+    for prompts in ([], [[1]], [[1]] * 3):
+        with pytest.raises(ValueError, match="expected 2 prompts"):
+            next(Decoder(target, batch=2).generate(prompts, 5))
+
+
+def test_a_model_that_was_prepared_for_decoding_does_not_save_a_part_of_itself(target, tmp_path):
+    prepared = prepare_for_decoding(copy.deepcopy(target))
+    with pytest.raises(TypeError):
+        save_checkpoint(prepared, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_prompt_may_be_an_array(target):
+    assert complete(target, [np.array([5, 6])], 9) == complete(target, [[5, 6]], 9)
+
+
 def test_generate_yields_each_round_as_it_is_known(target, draft):
     rounds = list(Decoder(target, draft, 3).generate([PROMPTS[0]], 20))
     assert [t for r in rounds for t in r.tokens[0]] == complete(target, [PROMPTS[0]], 20)[0]
@@ -503,7 +521,7 @@ def fast_and_eager(device: str, dtype: torch.dtype, graphs: bool) -> None:
             decoder = Decoder(target, helper, gamma, temperature, length=50, graphs=fast and graphs)
             assert decoder.graphs == (fast and graphs), "fell back"
             if fast and not graphs:
-                decoder.fast = [Compiled(model) for model in decoder.models]
+                decoder.forms = [Compiled(model) for model in decoder.models]
             rounds = decoder.generate([PROMPTS[0]], 20, seed=3)
             texts.append([token for outcome in rounds for token in outcome.tokens[0]])
         assert texts[0] == texts[1], (
@@ -531,7 +549,7 @@ def test_graphs_that_fail_are_one_sentence_and_decoding_goes_on(target, draft, m
     assert speculative.record(decoder) is False
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "graphs are off" in err and "C compiler. Please" in err, err
-    assert (decoder.run_propose, decoder.run_decide) == steps and decoder.fast == decoder.models
+    assert (decoder.run_propose, decoder.run_decide) == steps and decoder.forms == decoder.models
     text = [t for r in decoder.generate([PROMPTS[0]], 20) for t in r.tokens[0]]
     assert text == complete(target, [PROMPTS[0]], 20)[0]
 
@@ -628,11 +646,11 @@ def test_held_out_prompts_are_passages_from_the_whole_of_the_held_out_code(tmp_p
     (("--target", "nowhere"), "nowhere"), (("--draft", "stranger"), "another vocabulary"),
     (("--target", "small"), "270 entries"), (("--device", "quantum"), "quantum"),
     (("--gamma", "0"), "gamma"), (("--gamma", "many"), "expected auto, or 1 to 64"),
-    (("--prompt", "x" * 99), "room for a new token"), (("--max-new-tokens", "0"), "max_new_tokens"),
+    (("--prompt", "x" * 99), "room for a new token"), (("--max-new-tokens", "0"), "max_new_tokens 0"),
     (("--max-new-tokens", "-999"), "max_new_tokens"), (("--dtype", "int8"), "--dtype"),
     (("--top-p", "2"), "top_p"), (("--temperature", "nan"), "temperature nan"),
     (("--device", "meta"), "meta"), (("--bogus",), "--bogus"), (("--seed", "one"), "--seed"),
-    (("--prompt-file", "nowhere"), "nowhere"), (("--gamma", "65"), "gamma is 65"),
+    (("--prompt-file", "nowhere"), "nowhere"), (("--prompt-file", os.devnull), "prompts of [0]"), (("--gamma", "65"), "gamma is 65"),
     (("--graphs",), "graphs are for a GPU"), (("--json", "."), "file")])
 def test_a_mistake_is_one_sentence_and_exit_code_2(folders, capsys, flags, words):
     flags = [str(folders / f) if f.isalpha() and (folders / f).is_dir() else f
