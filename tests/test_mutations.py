@@ -58,7 +58,9 @@ BUGS = {
     "the target's cache keeps a rejected guess": (
         "without_a_cache", ("target_cache.advance(gained)", "target_cache.advance(gained + 1)")),
     "the cache has no room for the last drafts": (
-        "fill_its_context", ("-(-(self.length + longest + 1) // 64) * 64", "self.length")),
+        "fill_its_context", ("-(-(self.length + 2 * longest) // 64) * 64", "self.length")),
+    "a row that has ended has no room for its guesses": (
+        "ends_last_of_all", ("self.length + 2 * longest", "self.length + longest + 1")),
     "temperature 0 leaves probabilities soft": (
         "depend_on_the_seed", ("torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, "
                                "keepdim=True), 1.0)", "logits.softmax(-1)")),
@@ -93,7 +95,8 @@ BUGS = {
     "the benchmark counts the prompt": (
         "benchmark_counts", ("self.emitted += len(tokens)", "self.emitted += len(tokens) + 30")),
     "the warm-up is counted": (
-        "benchmark_counts", ("prompts[:1], 32))", "prompts[:1], 32, stats=results[0][0]))")),
+        "benchmark_counts", ("prompts[:1], min(new, 32)))",
+                             "prompts[:1], min(new, 32), stats=results[0][0]))")),
     "a probe that cannot fail": (
         "cannot_pack", ("return bool((y == 16).all())", "return True")),
     "model: stale keys beyond a row's position are seen": (
