@@ -429,7 +429,7 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
 # ------------------------------------------------------------------------------ loading
 
 class Corpus:
-    """One split of a prepared folder: for each source, an array of tokens that stays on the disk.
+    """One split of a prepared folder: tokens[source] is an array that stays on the disk.
 
     sources: the names to take, by default all.
     """
@@ -449,22 +449,19 @@ class Corpus:
         self.sources = list(sources or counts)
         if unknown := ", ".join(set(self.sources) - set(counts)):
             raise ValueError(f"{folder} has no source {unknown}, but {', '.join(counts)}")
-        self._tokens, dtype = {}, np.dtype(self.tokenizer.dtype)
+        self.tokens, dtype = {}, np.dtype(self.tokenizer.dtype)
         for name in self.sources:
             path, n = self.folder / f"{name}.{split}.bin", counts[name][split]
             if not path.exists() or path.stat().st_size != n * dtype.itemsize:
                 raise ValueError(f"{path} is missing or does not hold the {n} tokens that the "
                                  "manifest says: delete the folder and prepare it again")
             # An empty file cannot be mapped.
-            self._tokens[name] = np.memmap(path, dtype, mode="r") if n else np.empty(0, dtype)
-
-    def tokens(self, source: str) -> np.ndarray:
-        return self._tokens[source]
+            self.tokens[name] = np.memmap(path, dtype, mode="r") if n else np.empty(0, dtype)
 
     def blocks(self, source: str, block: int) -> np.ndarray:
         """A source cut into blocks of block + 1 tokens, (N, T + 1): a model reads all but the last
         and predicts all but the first. The tokens that are left over at the end are in none."""
-        tokens = self._tokens[source]
+        tokens = self.tokens[source]
         return tokens[:len(tokens) // (block + 1) * (block + 1)].reshape(-1, block + 1)
 
 

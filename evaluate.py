@@ -433,7 +433,7 @@ def held_out(folder: str) -> dict:
     """The validation documents of prepared data by source, as text, which any tokenizer reads."""
     corpus, texts = Corpus(folder, "val"), {}
     for source in corpus.sources:
-        tokens = corpus.tokens(source)
+        tokens = corpus.tokens[source]
         documents = np.split(tokens, np.flatnonzero(tokens == corpus.tokenizer.eos_id) + 1)[:-1]
         texts[source] = list(map(corpus.tokenizer.decode, documents))       # EOS itself is no text
     return texts

@@ -369,7 +369,7 @@ class Run:
         each source a hash of its first million tokens."""
         may_change = ("out data init micro_batch compile device log_every val_every val_tokens "
                       "save_every sample").split()
-        text = b"".join(self.corpus.tokens(name)[:2**20] for name in self.corpus.sources)
+        text = b"".join(self.corpus.tokens[name][:2**20] for name in self.corpus.sources)
         fixed = {name: x for name, x in vars(self.config).items() if name not in may_change}
         return fixed | {"the tokenizer": self.corpus.tokenizer.sha256[:12], "the text":
                         sha256(text).hexdigest()[:12], "the blocks": self.loader.blocks_per_epoch}

@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def documents(folder: Path, split: str, source: str = "a") -> list[str]:
     """What a prepared folder says, document by document."""
     corpus = data.Corpus(folder, split)
-    tokens, texts = corpus.tokens(source)[:].tolist(), []
+    tokens, texts = corpus.tokens[source][:].tolist(), []
     while corpus.tokenizer.eos_id in tokens:
         end = tokens.index(corpus.tokenizer.eos_id)
         texts.append(corpus.tokenizer.decode(tokens[:end]))
@@ -420,7 +420,7 @@ def test_a_folder_holds_what_its_manifest_says(bpe, tmp_path, small_parts):
     for split in data.SPLITS:
         texts, entry = documents(tmp_path / "out", split), manifest["sources"]["a"][split]
         assert len(texts) > 5
-        assert entry == len(data.Corpus(tmp_path / "out", split).tokens("a"))
+        assert entry == len(data.Corpus(tmp_path / "out", split).tokens["a"])
         assert all(data.is_validation(text, 0.1) == (split == "val") for text in texts)
         assert manifest["sources"]["b"][split] == entry
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == \
@@ -432,7 +432,7 @@ def test_without_held_out_documents_the_validation_split_has_no_rows(bpe, tmp_pa
     write_jsonl(tmp_path / "in.jsonl", range(20))
     data.prepare([f"a={tmp_path}"], bpe, tmp_path / "out", val_fraction=0)
     corpus = data.Corpus(tmp_path / "out", "val")
-    assert corpus.blocks("a", 8).shape == (0, 9) and len(corpus.tokens("a")) == 0
+    assert corpus.blocks("a", 8).shape == (0, 9) and len(corpus.tokens["a"]) == 0
     with pytest.raises(ValueError, match="too little text in its val split"):
         data.Loader(corpus, 8, 4, 0)
 
@@ -758,8 +758,8 @@ def folder(bpe, tmp_path_factory) -> Path:
 
 def blocks_of(corpus: data.Corpus, size: int, names: list[str]) -> list[bytes]:
     """Every block of the streams, as they lie there."""
-    return [corpus.tokens(name)[i:i + size].astype(np.int64).tobytes() for name in names
-            for i in range(0, len(corpus.tokens(name)) - size + 1, size)]
+    return [corpus.tokens[name][i:i + size].astype(np.int64).tobytes() for name in names
+            for i in range(0, len(corpus.tokens[name]) - size + 1, size)]
 
 
 @pytest.mark.parametrize("block, batch", [(10, 7), (16, 64), (3, 1), (40, 1000)])

@@ -630,7 +630,7 @@ def test_held_out_prompts_are_passages_from_the_whole_of_the_held_out_code(tmp_p
         (tmp_path / f"{i:02}.py").write_text("".join(f"x = {100 * i + j}\n" for j in range(40)))
     tokenizer = data.train_bpe(["x = 1\n"], 258)
     data.prepare([f"code={tmp_path}"], tokenizer, tmp_path / "out", val_fraction=0.5)
-    held_out = data.Corpus(tmp_path / "out", "val", ["code"]).tokens("code").tolist()
+    held_out = data.Corpus(tmp_path / "out", "val", ["code"]).tokens["code"].tolist()
     prompts = held_out_prompts(tmp_path / "out", tokenizer, 5, 16)
     starts = [next(i for i in range(len(held_out)) if held_out[i:i + 16] == prompt)
               for prompt in prompts]

@@ -282,7 +282,7 @@ def test_validation_is_the_same_for_any_world_size(place, validation, monkeypatc
 
 def test_validation_is_nats_over_the_bytes_of_the_targets(place, validation):
     net = load_checkpoint(place / "init")
-    tokens = data.Corpus(place / "data", "val").tokens("text")[:20 * (BLOCK + 1)]
+    tokens = data.Corpus(place / "data", "val").tokens["text"][:20 * (BLOCK + 1)]
     rows = torch.from_numpy(np.asarray(tokens, np.int64)).view(20, BLOCK + 1)
     log_p = net(rows[:, :-1]).double().log_softmax(-1).gather(2, rows[:, 1:, None]).sum().item()
     tokenizer = data.load_tokenizer(place / "data")
