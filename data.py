@@ -348,8 +348,8 @@ def documents(part: list[Span], field: str | None, max_bad: int) -> Iterator[tup
             except ValueError as error:
                 bad += 1
                 if bad > max_bad:
-                    raise ValueError(f"{error}; no more than {max_bad} bad records are skipped "
-                                     "in a part of a source: mend them") from None
+                    raise ValueError(f"{error}: mend it, since no more than {max_bad} such "
+                                     "records are skipped in a part of a source") from None
                 print(f"skipped {error}", file=sys.stderr)
 
 
@@ -678,7 +678,7 @@ def unfit(path: str) -> str:
     if folder.endswith(".ipynb_checkpoints"):
         return "files in .ipynb_checkpoints"
     if not os.path.exists(path):
-        return "dangling links"
+        return "dangling links or wrong paths"
     if not os.path.isdir(path) and not (os.path.isfile(path) and path.endswith(KINDS)):
         return "files of other kinds"
     try:

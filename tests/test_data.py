@@ -310,7 +310,7 @@ def test_links_are_followed_once_and_what_is_left_out_is_counted(bpe, tmp_path, 
         data.prepare([f"a={folder}"], bpe, tmp_path / "out", val_fraction=0)
     assert sorted(documents(tmp_path / "out", "train")) == ["a", "b", "b", "c"]
     [line] = capfd.readouterr().err.splitlines()
-    assert line == ("skipped 1 AppleDouble files, 2 dangling links, 1 files in "
+    assert line == ("skipped 1 AppleDouble files, 2 dangling links or wrong paths, 1 files in "
                     ".ipynb_checkpoints, 2 files of other kinds, 1 git-lfs pointers, "
                     "2 unreadable files or folders")
 
