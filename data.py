@@ -868,8 +868,8 @@ SUPPORTED = ((2, 3, 1, 2, "a model other than BPE"),        # part, field, defau
              (3, 5, 1, 1, "spaces that are not escaped"))
 
 
-# Words for SentencePiece: no piece has SPACE after another character, so no merge crosses the border
-# before it.
+# Words for SentencePiece: no piece has SPACE after another character, so no merge crosses the
+# border before it.
 SPACED = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
 
 
