@@ -1070,8 +1070,10 @@ def checkpoint_folder(path: str | Path) -> Path:
     as it is. A step that is still being written has another name, step-000320.partial.
     """
     path = Path(path).expanduser()
-    steps = [] if (path / "config.json").exists() else path.glob("step-" + "[0-9]" * 6)
-    return max(steps, default=path)
+    steps = [step for step in path.glob("step-*") if step.name[5:].isdecimal()]
+    if not steps or (path / "config.json").exists():
+        return path
+    return max(steps, key=lambda step: int(step.name[5:]))
 
 
 @contextmanager

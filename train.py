@@ -531,10 +531,11 @@ def run_recipe(recipe: str, resume: bool, **flags) -> int:
     return 0
 
 
-ADVICE = {      # for errors of PyTorch whose cause a user can change, by a part of their text
-    "ried to allocate": "out of memory: lower --micro-batch (the batch stays the same)",
-    " compiler": "--compile needs a C++ compiler, and there is none: install g++, or leave it out",
-    "onnection": "another process has ended: it has printed why"}
+# For errors of PyTorch whose cause a user can change, by a part of their text.
+ADVICE = {"ried to allocate": "out of memory: lower --micro-batch (the batch stays the same)",
+          " compiler": "--compile needs a C++ compiler: install g++, or leave --compile out",
+          "does not require grad": "--freeze leaves no layer to train: lower it",
+          "onnection": "another process has ended: it has printed why"}
 
 
 def main(argv: list[str] | None = None) -> None:

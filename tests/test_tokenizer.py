@@ -120,7 +120,7 @@ def test_a_saved_tokenizer_comes_back(bpe, tmp_path):
     for path in (tmp_path / "new/folder", tmp_path / "new/folder/tokenizer.json", tmp_path / "new"):
         if path.name == "new":      # a run's folder: the newest step that is complete counts
             (path / "folder").rename(path / "step-000020")
-            for other in ("step-000003", "step-000100.partial"):
+            for other in ("step-000003", "step-000100.partial", "step-000100-copy2"):
                 (path / other).mkdir()
         again = data.load_tokenizer(path)
         assert again.sha256 == bpe.sha256 and again.encode(SHAKESPEARE) == bpe.encode(SHAKESPEARE)

@@ -582,6 +582,12 @@ def test_a_mistake_in_a_run_is_one_sentence(place, changes, part, tmp_path, caps
     assert not (tmp_path / "out").exists(), "a refused run wrote something"
 
 
+def test_freezing_every_layer_is_one_sentence(place, tmp_path, capsys):
+    message = refuse(flags(place, tmp_path / "out", freeze=99), capsys)
+    assert "--freeze leaves no layer to train" in message, message
+    assert not list(tmp_path.rglob("step-*")), "a checkpoint of a run that cannot train"
+
+
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(place, tmp_path, capsys):
     shape = load_checkpoint(place / "init").config
     save_checkpoint(Transformer(replace(shape, vocab_size=280)), tmp_path / "small")
