@@ -1081,11 +1081,10 @@ def claim(folder: str | Path) -> Iterator[None]:
     """Within it, this process alone writes in a folder: ValueError if another one does.
 
     The file FOLDER.lock names the owner, since not every file system has locks. If the owner was
-    killed, the next process on its computer takes over (within three seconds, if it was killed
-    while it wrote its name).
+    killed, the next process on its computer takes over.
     """
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.SoftFileLock(f"{folder}.lock", timeout=3)
+    lock = filelock.SoftFileLock(f"{folder}.lock", timeout=0)
     try:
         held = lock.acquire()
     except filelock.Timeout:

@@ -96,7 +96,8 @@ def general() -> dict[str, str]:
 def test_the_embedded_corpus_is_the_standard_library_and_nothing_else(code):
     files = list(data.find("code", Counter())[1])
     assert files == sorted(files) and len(code) > 300, "the order is not that of the names"
-    assert "argparse.py" in code and "asyncio/tasks.py" in code
+    for name in ("argparse.py", "asyncio/tasks.py"):
+        assert code[name] == (data.LIBRARY / name).read_text(), f"{name} is not one document"
     bad = [n for n in code if {"site-packages", "test", "tests"} & set(n.split("/"))]
     assert not bad, f"{bad[:3]} are not sources of the standard library"
     assert sum(map(len, code.values())) > 5_000_000
@@ -259,6 +260,15 @@ def test_a_line_of_any_length_is_read_and_the_next_ones_keep_their_numbers(bpe, 
     error = capfd.readouterr().err
     assert all(f"x.jsonl, line {n}: " in error for n in range(3, 24)) and "line 24" not in error
     assert "line 1:" not in error and "line 2:" not in error
+
+
+def test_lines_that_begin_just_where_a_part_does_keep_their_numbers(bpe, tmp_path, small_parts):
+    (tmp_path / "x.jsonl").write_text((" " * 1022 + "{\n") * 4)
+    for number, span in enumerate(itertools.chain(*data.cut_parts(
+            data.find_all([f"a={tmp_path}"], Counter()))), 1):
+        with pytest.raises(ValueError, match=f"x.jsonl, line {number}: "):
+            list(data.documents([span], None, max_bad=0))
+    assert number == 4
 
 
 def test_only_the_text_column_of_a_parquet_file_is_read(bpe, tmp_path):
@@ -687,6 +697,14 @@ def test_bad_rows_are_counted_reported_and_skipped(bpe, tmp_path, capfd):
     path.write_text("\n".join(["{"] * (data.MAX_BAD + 1)))
     with pytest.raises(ValueError, match=rf"{path}, line {data.MAX_BAD + 1}: .*no more than"):
         data.prepare([f"a={path}"], bpe, tmp_path / "out2")
+
+
+def test_an_error_stops_the_work_that_was_not_begun(bpe, tmp_path, small_parts):
+    path = write_jsonl(tmp_path / "in.jsonl", range(3000))
+    path.write_text("{\n" * (data.MAX_BAD + 1) + path.read_text())
+    with pytest.raises(ValueError, match="no more than"):
+        data.prepare([f"a={path}"], bpe, tmp_path / "out")
+    assert path.stat().st_size > 300 * 1024 and len(finished_parts(tmp_path / "out")) < 100
 
 
 def test_a_text_that_is_not_utf8_is_a_bad_record(bpe, tmp_path, capfd):

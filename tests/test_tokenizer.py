@@ -261,8 +261,11 @@ def assert_same(model: bytes, texts: list[str]) -> None:
         assert ours.encode(text) == expected, f"another encoding of {text[:200]!r}"
         assert ours.decode(expected) == theirs.decode(expected), f"decodes {text[:99]!r} otherwise"
     rng = random.Random(3)
-    for _ in range(300):                                    # ids that no text encodes to
-        ids = [rng.randrange(1, ours.n_vocab) for _ in range(rng.randrange(20))]
+    space = theirs.piece_to_id("<0x20>")
+    for ids in [[space], [ours.bos_id, space, space], [space, ours.bos_id],
+                # Ids that no text encodes to.
+                *([rng.randrange(1, ours.n_vocab) for _ in range(rng.randrange(20))]
+                  for _ in range(300))]:
         # How many U+FFFD stand for a run of invalid bytes is a matter of taste.
         mine, other = (re.sub("\ufffd+", "\ufffd", t.decode(ids)) for t in (ours, theirs))
         assert mine == other, f"another decoding of {ids}"
