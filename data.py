@@ -188,7 +188,7 @@ def learn_merges(frequency: dict[str, int], count: int) -> list[tuple[bytes, byt
         new, changed = len(tokens), where.pop(pair)
         merges.append((tokens[pair[0]], tokens[pair[1]]))
         tokens.append(b"".join(merges[-1]))
-        for i in changed:                                   # or has lost the pair, and stays so
+        for i in changed:           # a word that has lost the pair meanwhile stays as it is
             add(i, -1)
             words[i] = merge_pair(words[i], pair, new)
             add(i, 1)
@@ -257,13 +257,13 @@ def is_validation(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def cut_parts(found: dict[str, dict[str, list[int]]]) -> list[list[Span]]:
+def cut_parts(listing: dict[str, dict[str, list[int]]]) -> list[list[Span]]:
     """Group small files, and cut large ones, into parts of about PART bytes.
 
-    found: {source: {file: [bytes, time of the last change]}}.
+    listing: {source: {file: [bytes, time of the last change]}}.
     """
     parts, position = defaultdict(list), 0
-    for source, files in found.items():
+    for source, files in listing.items():
         for file, (size, _) in files.items():
             step = PART if file.endswith(SPANNED) or file.startswith("hub:") else size or 1
             for start in range(0, size, step):
@@ -294,7 +294,8 @@ def read(span: Span, field: str | None = None) -> Iterator[tuple[int, Any]]:
 
 def lines(span: Span) -> Iterator[tuple[int, bytes]]:
     """The lines of a .jsonl file. A text file's documents are the lines that begin in one stretch
-    of 32 KiB, so that a single book gives both splits; code is better whole: 1 MiB."""
+    of 32 KiB, so that a single book gives both splits; code is better whole: 1 MiB. A part's border
+    in a file is always one between stretches."""
     stretch = 32 * KIB if span.file.endswith(PLAIN) else 1      # of 1 byte: each line by itself
     if span.file.endswith(".py"):
         stretch = KIB * KIB
@@ -380,8 +381,8 @@ def encode_part(folder: Path, val_fraction: float, field: str | None, number: in
                 part: list[Span]) -> int:
     """Write the tokens of a part and return how many: the work of one process.
 
-    The file of the train split gets its name last, since `with` ends with what it began with: a
-    part that has it is complete.
+    The file of the train split gets its name last, since `with` closes its files in reverse order:
+    a part that has it is complete.
     """
     tokenizer, size = worker_tokenizer(folder), 0
     with (whole_file(part_file(folder, number, "train")) as train,
@@ -403,24 +404,24 @@ def prepare(sources: Iterable[str], tokenizer: Tokenizer, out: str | Path,
 
     The sources are cut into parts. The tokens of each part are written to files of their own, on
     all cores; in the end these are joined to SOURCE.SPLIT.bin, and manifest.json is written. So a
-    kill costs the parts that were being made, and the bytes are the same wherever it came. Until
+    kill costs the parts that were being made, and the bytes are the same whenever it came. Until
     the end, it takes the space of the tokens twice.
     """
     out, skipped = Path(out).expanduser(), Counter()
-    found = find_all(sources, skipped)
+    listing = find_all(sources, skipped)
     if not 0 <= val_fraction < 1:
         raise ValueError(f"the validation share must be at least 0 and below 1, not {val_fraction}")
     plan = {"tokenizer": tokenizer.sha256, "val_fraction": val_fraction, "field": field}
-    for name, files in found.items():
+    for name, files in listing.items():
         plan |= {f"{name}: {file}": facts for file, facts in files.items()}
     with claim(out):
         out.mkdir(exist_ok=True)
         check_plan(out / "plan.json", plan)
         if not (out / "manifest.json").exists():
             tokenizer.save(out)
-            parts = cut_parts(found)
+            parts = cut_parts(listing)
             encode_parts(out, parts, functools.partial(encode_part, out, val_fraction, field))
-            join_parts(out, parts, found, tokenizer)
+            join_parts(out, parts, listing, tokenizer)
         shutil.rmtree(out / "parts", ignore_errors=True)
     if skipped:
         print("skipped", in_words(skipped), file=sys.stderr)
@@ -561,16 +562,16 @@ def encode_parts(folder: Path, parts: list[list[Span]], work: functools.partial)
     """Make the parts that are missing, on all cores, and show how far it is."""
     missing = [i for i in range(len(parts)) if not part_file(folder, i, "train").exists()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    tokens, start, shown = 0, time.monotonic(), time.monotonic()
+    tokens, start, last_report = 0, time.monotonic(), time.monotonic()
     pool = ProcessPoolExecutor(cores, initializer=start_worker)
     try:
         futures = [pool.submit(work, i, parts[i]) for i in missing]
         for n, future in enumerate(as_completed(futures), 1):
             tokens, now = tokens + future.result(), time.monotonic()
-            if now - shown > PAUSE:
-                shown, took = now, now - start
-                print(f"{n} of {len(missing)} parts, {tokens / took / 1e3:.0f}k tokens/s, "
-                      f"{(len(missing) - n) * took / n / 60:.1f} min left", file=sys.stderr)
+            if now - last_report > PAUSE:
+                last_report, seconds = now, now - start
+                print(f"{n} of {len(missing)} parts, {tokens / seconds / 1e3:.0f}k tokens/s, "
+                      f"{(len(missing) - n) * seconds / n / 60:.1f} min left", file=sys.stderr)
     except BrokenProcessPool:
         raise ValueError("a worker process was killed, probably because the memory was full: free "
                          "some or use fewer cores (taskset -c 0,1 python data.py ...) and run the "
@@ -606,10 +607,10 @@ LFS = b"version https://git-lfs.github.com/spec/"
 
 def find_all(sources: Iterable[str], skipped: Counter) -> dict[str, dict[str, list[int]]]:
     """{source: {file: [bytes, time of the last change]}}; `skipped` counts what is not read."""
-    found = [find(source, skipped) for source in sources]
-    if not found or len(dict(found)) < len(found):
+    pairs = [find(source, skipped) for source in sources]
+    if not pairs or len(dict(pairs)) < len(pairs):
         raise ValueError("expected one or more sources, each with a name of its own")
-    return dict(found)
+    return dict(pairs)
 
 
 def find(source: str, skipped: Counter) -> tuple[str, dict[str, list[int]]]:
@@ -728,7 +729,7 @@ def hub_shards(place: str, source: str) -> list[tuple[Any, int]]:
         # Of The Stack, AMD took Python alone.
         part = "python" if source == "starcoder-python" else None
         splits = datasets.load_dataset(place.removeprefix("hub:"), streaming=True, data_dir=part)
-    # Other splits are for other purposes; without a train split, all are languages, say.
+    # Other splits are for other purposes; where none is called train, each may be a language.
     chosen = ["train"] if "train" in splits else sorted(splits)
     return [(splits[name], i) for name in chosen for i in range(splits[name].num_shards)]
 

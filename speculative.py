@@ -350,7 +350,7 @@ class Decoder:
         run, without the time that the caller takes between rounds.
         """
         check_request(self, prompts, max_new_tokens)
-        stats, began = stats or Stats(), time.perf_counter()
+        stats, start = stats or Stats(), time.perf_counter()
         generators = [torch.Generator().manual_seed((seed + b) % 2**63)
                       for b in range(len(prompts))]
         new, running = [[] for _ in prompts], set(range(len(prompts)))
@@ -374,9 +374,9 @@ class Decoder:
                         self.active[b] = 0
                         break
             stats.count(outcome)
-            stats.seconds += time.perf_counter() - began
+            stats.seconds += time.perf_counter() - start
             yield outcome
-            began = time.perf_counter()
+            start = time.perf_counter()
 
 
 def to_host(verdict: Verdict) -> Round:
@@ -683,6 +683,8 @@ temperature {temperature:g}, {dtype}, {large.device}, {len(prompts)} prompts, {f
   acceptance by position     {", ".join(places)}
   tokens a round             {fast.tokens_per_round:.2f}
   texts                      {"equal" if equal else "sampled" if temperature else "DIFFERENT"}""")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(
         "Continue texts with the target alone and with the draft's help, and compare. The text is "
@@ -692,12 +694,13 @@ def main(argv: list[str] | None = None) -> None:
         "--graphs is for a GPU, where it compiles for minutes and then decodes fastest."))
     parser.error = lambda message: parser.exit(2, f"speculative.py: error: {message}\n")
     for name, default in run.__kwdefaults__.items():
-        parser.add_argument("--" + name.replace("_", "-"), default=default, type=type(default),
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, type=type(default),
                             help="default: %(default)r")
     parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--dtype", default="float32",
                         choices=["float32", "bfloat16", "float16", "float64"])
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")        # what a terminal cannot print becomes "?"
     try:
         run(**vars(args))
     except (ValueError, OSError) as error:

@@ -9,7 +9,9 @@ import importlib
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,8 +19,8 @@ import torch
 
 from model import PRESETS, Cache, ModelConfig, Transformer
 from oracle import expected_tokens
-from speculative import (FIRST_GAMMA, MAX_GAMMA, Drafts, settle, decide, next_gamma, propose,
-                         residual, sample, verify)
+from speculative import (FIRST_GAMMA, MAX_GAMMA, Drafts, decide, next_gamma, propose, residual,
+                         sample, settle, verify)
 from train import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,6 +348,22 @@ def test_no_page_waits_for_figures():
                if "TODO" in line]
     assert not waiting, "these lines wait for figures: measure them, or take the rows out:\n" + (
         "\n".join(waiting))
+
+
+@pytest.mark.parametrize("script, arguments, flag", [
+    ("data", ["prepare"], "--tokenizer"), ("train", [], "--micro-batch"),
+    ("speculative", [], "--gamma"), ("evaluate", [], "--tasks"),
+    ("evaluate", ["humaneval"], "--protocol")])
+def test_help_works_without_docstrings(script, arguments, flag, monkeypatch, capsys):
+    """As python -OO compiles the script."""
+    path = ROOT / f"{script}.py"
+    bare = ModuleType("script_without_docstrings")
+    monkeypatch.setitem(sys.modules, bare.__name__, bare)           # dataclasses look there
+    exec(compile(path.read_text(), str(path), "exec", optimize=2), bare.__dict__)
+    assert bare.__doc__ is None and bare.main.__doc__ is None
+    with pytest.raises(SystemExit) as end:
+        bare.main([*arguments, "--help"])
+    assert end.value.code == 0 and flag in capsys.readouterr().out
 
 
 if __name__ == "__main__":

@@ -5,16 +5,13 @@ EVAL_DATA) and, where the package lm_eval is there, against the harness itself.
 """
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
 import random
 import re
 import statistics
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -472,19 +469,6 @@ def test_what_was_scored_before_a_failure_is_kept(checkpoint, arc_data, tmp_path
     assert ended.value.code == 130
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["tasks"]["arc_easy"]["n"] == len(run["rows"]) == 30
-
-
-def test_help_works_without_docstrings(monkeypatch, capsys):
-    """As python -OO compiles the script."""
-    path = Path(evaluate.__file__)
-    bare = ModuleType("evaluate_without_docstrings")
-    monkeypatch.setitem(sys.modules, bare.__name__, bare)           # dataclasses look there
-    exec(compile(path.read_text(), str(path), "exec", optimize=2), bare.__dict__)
-    assert bare.__doc__ is None and bare.main.__doc__ is None
-    for words in ([], ["humaneval"]):
-        with pytest.raises(SystemExit) as end:
-            bare.main([*words, "--help"])
-        assert end.value.code == 0 and capsys.readouterr().out.count("--json") == 2
 
 
 @pytest.mark.parametrize("content, complaint", [

@@ -1,15 +1,14 @@
 """Speculative decoding proved: the rule, the round, the loop around it, the corners, the speed."""
 import copy
+import io
 import itertools
 import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import data
 import numpy as np
@@ -580,6 +579,16 @@ def run_main(folders, capsys, *flags) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+def test_a_terminal_that_cannot_print_the_text_loses_no_figures(folders, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    main(["--target", str(folders / "target"), "--draft", str(folders / "draft"),
+          "--device", "cpu", "--prompt", "caf\u00e9", "--max-new-tokens", "3"])
+    terminal.flush()
+    printed = terminal.buffer.getvalue()
+    assert printed.startswith(b"caf?") and b"speed-up" in printed
+
+
 def test_the_command_prints_and_writes_its_figures(folders, capsys, tmp_path):
     path = tmp_path / "figures.json"
     code, out, err = run_main(folders, capsys, "--prompt", "def f", "--max-new-tokens", 12,
@@ -657,15 +666,3 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(folders, capsys, flags, words
              for f in flags]
     code, out, err = run_main(folders, capsys, "--prompt", "def f", *flags)
     assert code == 2 and words in err and err.count("\n") == 1, f"{code}: {err}"
-
-
-def test_it_runs_without_docstrings(monkeypatch, capsys):
-    """As python -OO compiles the script."""
-    path = Path(speculative.__file__)
-    bare = ModuleType("speculative_without_docstrings")
-    monkeypatch.setitem(sys.modules, bare.__name__, bare)           # dataclasses look there
-    exec(compile(path.read_text(), str(path), "exec", optimize=2), bare.__dict__)
-    assert bare.__doc__ is None and bare.main.__doc__ is None
-    with pytest.raises(SystemExit) as end:
-        bare.main(["--help"])
-    assert end.value.code == 0 and "--gamma" in capsys.readouterr().out
